@@ -1,0 +1,79 @@
+"""The errors of cfs.
+
+::
+
+    CfsError
+     +-- FormatError            an image, dumpfile, ... breaks its format
+     +-- UnsupportedError       valid, but an ability we or the kernel lack
+     +-- IntegrityError         digest or size is not the promised one
+     +-- NotFoundError          no such name, image, object
+     +-- ConflictError          exists already, with other settings
+     +-- InvalidRequestError    the caller's arguments contradict each other
+     +-- MountError             the kernel or fusermount3 refused to mount
+
+Every class carries the errno that a FUSE reply would use for it.  ``OSError`` passes
+through cfs untouched.
+"""
+
+import errno
+
+__all__ = [
+    "CfsError",
+    "ConflictError",
+    "FormatError",
+    "IntegrityError",
+    "InvalidRequestError",
+    "MountError",
+    "NotFoundError",
+    "UnsupportedError",
+]
+
+
+class CfsError(Exception):
+    """Root of all errors of cfs; never raised itself."""
+
+    errno: int = errno.EIO
+
+
+class FormatError(CfsError):
+    """An image, dumpfile or other input breaks its format."""
+
+    errno = errno.EUCLEAN
+
+
+class UnsupportedError(CfsError):
+    """The input is valid but needs an ability that cfs or the kernel lacks."""
+
+    errno = errno.EOPNOTSUPP
+
+
+class IntegrityError(CfsError):
+    """A digest or a size is not the promised one."""
+
+    errno = errno.EIO
+
+
+class NotFoundError(CfsError):
+    """There is no such name, image or object."""
+
+    errno = errno.ENOENT
+
+
+class ConflictError(CfsError):
+    """Something of that name exists already, with other settings."""
+
+    errno = errno.EEXIST
+
+
+class InvalidRequestError(CfsError):
+    """The caller's arguments are wrong or contradict each other."""
+
+    errno = errno.EINVAL
+
+
+class MountError(CfsError):
+    """The kernel or fusermount3 refused to mount; ``errno`` is its reason."""
+
+    def __init__(self, message: str, reason: int = errno.EIO) -> None:
+        super().__init__(message)
+        self.errno = reason
