@@ -1,0 +1,243 @@
+"""File system calls that Python lacks, or has only in pieces.
+
+Linux man pages openat2(2), open(2) ``O_TMPFILE``, ioctl_ficlone(2), copy_file_range(2),
+lseek(2) ``SEEK_DATA``.  Knows nothing of composefs.  Descriptors given are borrowed; those
+returned belong to the caller and are close-on-exec.  No shared state: any thread may call.
+"""
+
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntFlag
+
+from cfs.errors import UnsupportedError
+
+__all__ = [
+    "Resolve",
+    "clone_file",
+    "copy_contents",
+    "link_unnamed",
+    "naming",
+    "open_unnamed",
+    "openat2",
+    "reopen_readonly",
+]
+
+FICLONE = 0x40049409
+_SYS_OPENAT2 = 437  # the same on every architecture that Debian supports
+_NR_RETRIES = 64
+_COPY_SIZE = 1 << 20
+
+
+class Resolve(IntFlag):
+    """``RESOLVE_*`` of openat2."""
+
+    NO_XDEV = 0x01
+    NO_MAGICLINKS = 0x02
+    NO_SYMLINKS = 0x04
+    BENEATH = 0x08
+    IN_ROOT = 0x10
+
+
+class _OpenHow(ctypes.Structure):
+    """``struct open_how``, 24 bytes."""
+
+    _fields_ = [
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    ]
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def naming(path: bytes | str) -> Iterator[None]:
+    """Fill ``path`` into every ``OSError`` that leaves the block."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = os.fsdecode(path)
+        error.filename2 = None
+        raise
+
+
+def openat2(
+    dir_fd: int,
+    path: bytes,
+    flags: int,
+    *,
+    resolve: Resolve = Resolve.BENEATH | Resolve.NO_SYMLINKS,
+) -> int:
+    """Open a path below a directory and return the descriptor.
+
+    Args:
+        dir_fd: the directory.
+        path: relative path; may hold anything, it is checked by the kernel.
+        flags: ``O_*`` as for open, without ``O_CREAT``; ``O_CLOEXEC`` is added.
+        resolve: restrictions; by default no way out of ``dir_fd`` and no symlinks at all.
+
+    Raises:
+        UnsupportedError: the kernel is older than Linux 5.6.
+        OSError: ``EXDEV`` if the path leads outside, ``ELOOP`` if it has a symlink, else as
+            open(2); the file name is filled in.
+    """
+    if b"\0" in path:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    reason = errno.EAGAIN
+    for _ in range(_NR_RETRIES):
+        fd = _libc().syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_int(dir_fd),
+            ctypes.c_char_p(path),
+            ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )
+        if fd >= 0:
+            return int(fd)
+        reason = ctypes.get_errno()
+        # EAGAIN: something was renamed or mounted while ".." was followed
+        if reason not in (errno.EAGAIN, errno.EINTR):
+            break
+    if reason == errno.ENOSYS:
+        msg = "the kernel has no openat2: expected Linux 5.6 or later"
+        raise UnsupportedError(msg)
+    raise OSError(reason, os.strerror(reason), os.fsdecode(path))
+
+
+def open_unnamed(dir_fd: int, mode: int) -> int:
+    """Create a file without a name on the file system of a directory, open for writing.
+
+    It vanishes with its last descriptor, unless :func:`link_unnamed` names it.
+
+    Args:
+        dir_fd: the directory.
+        mode: permission bits, subject to umask.
+
+    Raises:
+        UnsupportedError: the file system cannot.
+        OSError: as open(2).
+    """
+    try:
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    except OSError as error:
+        # EISDIR: the kernel or file system does not know the flag
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    msg = "the file system has no unnamed files"
+    raise UnsupportedError(msg)
+
+
+def link_unnamed(fd: int, dir_fd: int, path: bytes) -> None:
+    """Give a name to a file made by :func:`open_unnamed`; needs /proc.
+
+    Args:
+        fd: any descriptor of the file.
+        dir_fd: directory that ``path`` is relative to.
+        path: the new name.
+
+    Raises:
+        FileExistsError: the name is taken; nothing was changed.
+        OSError: as linkat(2).
+    """
+    os.link(f"/proc/self/fd/{fd}", path, dst_dir_fd=dir_fd, follow_symlinks=True)
+
+
+def reopen_readonly(fd: int) -> int:
+    """Open the file of a descriptor (``O_PATH`` too) once more, read-only; needs /proc.
+
+    Raises:
+        OSError: as open(2).
+    """
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+
+
+def clone_file(source_fd: int, target_fd: int) -> bool:
+    """Make a file share all blocks of another (reflink); tell whether that was possible.
+
+    Args:
+        source_fd: open for reading.
+        target_fd: open for writing, on the same file system.
+
+    Raises:
+        OSError: as ioctl_ficlone(2), but for the errors that say "not here".
+    """
+    try:
+        fcntl.ioctl(target_fd, FICLONE, source_fd)
+    except OSError as error:
+        impossible = (
+            errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS,
+            errno.EPERM, errno.ETXTBSY,
+        )  # fmt: skip
+        if error.errno in impossible:
+            return False
+        raise
+    return True
+
+
+def copy_contents(source_fd: int, target_fd: int, size: int) -> None:
+    """Copy a whole file into an empty one: as reflink, else in the kernel, else by hand.
+
+    Holes stay holes.  If the source shrinks meanwhile, the target ends there as a hole; the
+    caller checks the result.
+
+    Args:
+        source_fd: regular file, open for reading; its position moves.
+        target_fd: empty file, open for writing.
+        size: bytes.
+
+    Raises:
+        OSError: ``ENOSPC`` and whatever else reading and writing give.
+    """
+    if clone_file(source_fd, target_fd):
+        return
+    for start, end in _data_ranges(source_fd, size):
+        _copy_range(source_fd, target_fd, start, end)
+    os.ftruncate(target_fd, size)
+
+
+def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of what is no hole; all of it where holes are not known."""
+    off = 0
+    while off < size:
+        try:
+            start = os.lseek(fd, off, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            start = off
+            end = size
+        else:
+            end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start < end:
+            yield start, end
+        off = max(end, start + 1)
+
+
+def _copy_range(source_fd: int, target_fd: int, start: int, end: int) -> None:
+    """Copy bytes; 0 or an error that says "not here" from the kernel means: by hand."""
+    while start < end:
+        try:
+            nr_copied = os.copy_file_range(source_fd, target_fd, end - start, start, start)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
+            nr_copied = 0
+        if not nr_copied:
+            break
+        start += nr_copied
+    while start < end:
+        data = os.pread(source_fd, min(end - start, _COPY_SIZE), start)
+        if not data:
+            return
+        start += os.pwrite(target_fd, data, start)
