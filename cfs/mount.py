@@ -1,0 +1,172 @@
+"""Make and end mounts: check the mount point, choose how, clean up.
+
+A privileged caller gets a detached mount that appears at the mount point when it serves; others
+mount in place through fusermount3.  No shared state: any thread may call.
+"""
+
+import errno
+import os
+import stat
+
+from cfs.errors import MountError
+from cfs.linux.fusedev import fusermount, fusermount_detach, open_device
+from cfs.linux.mounts import (
+    MountAttr,
+    attach_mount,
+    create_mount,
+    detach_mount,
+    mounted_at,
+)
+
+__all__ = ["FuseMount", "detach", "prepare_mountpoint"]
+
+_SUBTYPE = "composefs"
+_SOURCE_MAX = 255  # bytes of a string that fsconfig takes
+_MAX_STALE = 16
+
+
+def prepare_mountpoint(path: str) -> str:
+    """Return the mount point without symlinks, an existing directory.
+
+    Dead FUSE mounts on it, whose server is gone, are taken away.
+
+    Raises:
+        MountError: it is no directory that we can use.
+    """
+    resolved = os.path.realpath(path)
+    for _ in range(_MAX_STALE):
+        try:
+            status = os.stat(resolved)
+            os.statvfs(resolved)  # a dead mount may still know its root, but never this
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                msg = f"mount point {path}: {error.strerror}"
+                raise MountError(msg, error.errno or errno.EIO) from None
+            detach(resolved)
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            return resolved
+        msg = f"mount point {path}: not a directory"
+        raise MountError(msg, errno.ENOTDIR)
+    msg = f"mount point {path}: more than {_MAX_STALE} dead mounts"
+    raise MountError(msg, errno.ENOTCONN)
+
+
+def detach(mountpoint: str, device: int | None = None) -> None:
+    """Take a FUSE mount out of the tree at once; those who use it may finish.
+
+    Args:
+        mountpoint: without symlinks.
+        device: do nothing if the topmost mount there has another device number.
+
+    Raises:
+        MountError: neither the kernel nor fusermount3 lets us.
+    """
+    if device is not None and mounted_at(mountpoint) != device:
+        return
+    try:
+        detach_mount(mountpoint)
+    except PermissionError:
+        fusermount_detach(mountpoint)
+    except OSError as error:
+        msg = f"cannot unmount {mountpoint}: {error.strerror}"
+        raise MountError(msg, error.errno or errno.EIO) from None
+
+
+class FuseMount:
+    """A new FUSE file system, read-only, that nobody serves yet.
+
+    Either :meth:`attach` it or :meth:`discard` it, then :meth:`close`.
+
+    Args:
+        mountpoint: from :func:`prepare_mountpoint`.
+        name: shown as source, ``composefs:NAME``.
+        allow_other: let other users in.
+
+    Attributes:
+        device_fd: the FUSE device to serve.
+
+    Raises:
+        MountError: the kernel or fusermount3 refused.
+    """
+
+    def __init__(self, mountpoint: str, name: str, *, allow_other: bool) -> None:
+        self._mountpoint = mountpoint
+        self._mount_fd = -1
+        try:
+            device_fd = open_device()
+        except MountError:
+            if os.geteuid() == 0:
+                raise
+            device_fd = -1  # the helper may be allowed what we are not
+        source = _source(name)
+        if device_fd >= 0:
+            try:
+                self._mount_fd = _create_detached(device_fd, source, allow_other=allow_other)
+            except MountError as error:
+                os.close(device_fd)
+                if error.errno != errno.EPERM or os.geteuid() == 0:
+                    raise
+        if self._mount_fd < 0:
+            device_fd = _mount_in_place(mountpoint, source, allow_other=allow_other)
+        self.device_fd = device_fd
+
+    def attach(self) -> int:
+        """Show the mount, which serves by now; return its device number.
+
+        Raises:
+            MountError: the mount point is gone or not ours.
+        """
+        try:
+            if self._mount_fd >= 0:
+                attach_mount(self._mount_fd, self._mountpoint)
+            return os.stat(self._mountpoint).st_dev
+        except OSError as error:
+            msg = f"cannot mount on {self._mountpoint}: {error.strerror}"
+            raise MountError(msg, error.errno or errno.EIO) from None
+
+    def discard(self) -> None:
+        """Take back a mount that was made in place."""
+        if self._mount_fd < 0:
+            detach(self._mountpoint)
+
+    def close(self) -> None:
+        """Close our descriptors; a mount that was not attached is gone then."""
+        for fd in (self.device_fd, self._mount_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.device_fd = self._mount_fd = -1
+
+
+def _source(name: str) -> bytes:
+    """Return the mount source; of a very long name the end."""
+    room = _SOURCE_MAX - len(b"composefs:")
+    return b"composefs:" + os.fsencode(name)[-room:]
+
+
+def _create_detached(device_fd: int, source: bytes, *, allow_other: bool) -> int:
+    options: list[tuple[str, str | bytes | None]] = [
+        ("source", source),
+        ("subtype", _SUBTYPE),
+        ("fd", str(device_fd)),
+        ("rootmode", f"{stat.S_IFDIR:o}"),
+        ("user_id", str(os.geteuid())),
+        ("group_id", str(os.getegid())),
+        ("default_permissions", None),
+        ("ro", None),
+    ]
+    if allow_other:
+        options.append(("allow_other", None))
+    attributes = MountAttr.RDONLY
+    if os.geteuid() != 0:
+        attributes |= MountAttr.NOSUID | MountAttr.NODEV
+    return create_mount("fuse", options, attributes)
+
+
+def _mount_in_place(mountpoint: str, source: bytes, *, allow_other: bool) -> int:
+    escaped = os.fsdecode(source).replace("\\", "\\\\").replace(",", "\\,")
+    options = ["ro", "nosuid", "nodev", "default_permissions"]
+    options += [f"fsname={escaped}", f"subtype={_SUBTYPE}"]
+    if allow_other:
+        options.append("allow_other")
+    return fusermount(mountpoint, options)

@@ -1,0 +1,100 @@
+"""Abilities of the machine as fixtures, and a watch over mounts and descriptors.
+
+A test that needs an ability which is missing is skipped with the reason.  The environment
+variable ``CFS_ABILITIES`` ("root fuse overlay") names those that must be there: then it fails.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cfs.fuse import Mount, serve
+from cfs.inodes import InodeVector
+from cfs.linux.mounts import detach_mount
+
+Serve = Callable[..., Mount]
+
+
+def _lack(ability: str, reason: str) -> None:
+    if ability in os.environ.get("CFS_ABILITIES", "").split():
+        pytest.fail(f"{ability} is demanded: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def root() -> None:
+    if os.geteuid() != 0:
+        _lack("root", "needs root")
+
+
+@pytest.fixture(scope="session")
+def fuse() -> None:
+    pytest.importorskip("pyfuse3", reason="pyfuse3 is not installed")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        _lack("fuse", f"/dev/fuse: {error.strerror}")
+    if os.geteuid() == 0:
+        done = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+        if done.returncode:
+            _lack("fuse", f"may not mount: {done.stderr.decode().strip()}")
+
+
+@pytest.fixture(scope="session")
+def overlay() -> None:
+    """Kernel that mounts EROFS from a file, and overlayfs with data-only layers."""
+    if os.geteuid() != 0:
+        _lack("overlay", "needs root")
+    for fstype in ("erofs", "overlay"):
+        subprocess.run(["modprobe", "-q", fstype], check=False, capture_output=True)
+        if f"\t{fstype}\n" not in Path("/proc/filesystems").read_text():
+            _lack("overlay", f"the kernel has no {fstype}")
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers(tmp_path: Path) -> Iterator[None]:
+    """Fail a test that leaves mounts below ``tmp_path`` or descriptors, and take those away."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    mounts = _mounts_below(str(tmp_path))
+    for mountpoint in reversed(mounts):
+        detach_mount(mountpoint)
+    assert mounts == []
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def _mounts_below(directory: str) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    return [point for line in lines if (point := line.split(" ")[4]).startswith(directory + "/")]
+
+
+@pytest.fixture
+def mnt(tmp_path: Path) -> Path:
+    """An empty directory to mount on."""
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Path:
+    """An empty objects directory."""
+    directory = tmp_path / "objects"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def served(mnt: Path, objects: Path) -> Iterator[Serve]:
+    """Serve a vector on ``mnt`` until the test ends, however it ends; needs ``fuse``."""
+    with ExitStack() as stack:
+
+        def start(vector: InodeVector, **options: bool | float) -> Mount:
+            mount = serve(vector, mnt, [objects], name="test", **options)  # type: ignore[arg-type] # mypy cannot tell the options apart
+            return stack.enter_context(mount)
+
+        yield start
