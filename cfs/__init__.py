@@ -1,0 +1,123 @@
+"""composefs for Python: read, write and serve composefs images.
+
+Everything is loaded when it is first used; ``import cfs`` alone loads neither numpy nor pyfuse3.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from cfs.digest import Algorithm, Digest
+    from cfs.dumpfile import format_tree, format_vector, parse_dumpfile
+    from cfs.erofs import open_image
+    from cfs.erofs.writer import write_image
+    from cfs.errors import (
+        CfsError,
+        ConflictError,
+        FormatError,
+        IntegrityError,
+        InvalidRequestError,
+        MountError,
+        NotFoundError,
+        UnsupportedError,
+    )
+    from cfs.fuse import Mount
+    from cfs.inodes import InodeVector
+    from cfs.scan import ScanOptions, scan
+
+__all__ = [
+    "Algorithm",
+    "CfsError",
+    "ConflictError",
+    "Digest",
+    "FormatError",
+    "InodeVector",
+    "IntegrityError",
+    "InvalidRequestError",
+    "MountError",
+    "NotFoundError",
+    "ScanOptions",
+    "UnsupportedError",
+    "format_tree",
+    "format_vector",
+    "open_image",
+    "parse_dumpfile",
+    "scan",
+    "serve",
+    "write_image",
+]
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Algorithm": "cfs.digest",
+    "Digest": "cfs.digest",
+    "InodeVector": "cfs.inodes",
+    "ScanOptions": "cfs.scan",
+    "format_tree": "cfs.dumpfile",
+    "format_vector": "cfs.dumpfile",
+    "open_image": "cfs.erofs",
+    "parse_dumpfile": "cfs.dumpfile",
+    "scan": "cfs.scan",
+    "write_image": "cfs.erofs.writer",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    module = importlib.import_module(_MODULES.get(name, "cfs.errors"))
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+class _Package(ModuleType):
+    """Lets ``cfs.scan`` be the function though there is a module of that name."""
+
+    def __setattr__(  # type: ignore[explicit-override] # typing has override from 3.12 on
+        self, name: str, value: object
+    ) -> None:
+        is_module = name == "scan" and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_module else value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def serve(
+    image: "str | os.PathLike[str] | InodeVector",
+    mountpoint: str | os.PathLike[str],
+    basedirs: Sequence[str | os.PathLike[str]],
+    *,
+    name: str | None = None,
+    allow_other: bool = False,
+) -> "AbstractContextManager[Mount]":
+    """Serve an image over FUSE while the block runs.
+
+    Args:
+        image: image file, or the mount view of one.
+        mountpoint: existing directory.
+        basedirs: objects directories, searched in this order.
+        name: shown as mount source ``composefs:NAME``; by default the path of the image.
+        allow_other: let other users in.
+
+    Raises:
+        FormatError: the image breaks its format.
+        MountError: it cannot be mounted.
+        OSError: image or objects directory cannot be opened.
+    """
+    from cfs import erofs, fuse  # noqa: PLC0415 - loaded when used
+    from cfs.inodes import InodeVector  # noqa: PLC0415
+
+    if isinstance(image, InodeVector):
+        vector = image
+    else:
+        vector = erofs.open_image(image)
+        name = name or os.fspath(image)
+    return fuse.serve(vector, mountpoint, basedirs, name=name or "", allow_other=allow_other)

@@ -1,0 +1,29 @@
+"""Entry point of ``cfsctl``: which tool is meant (spec cli-and-varlink a.1).
+
+Nothing slow is imported here: the C-compatible tools start without click.
+"""
+
+import importlib
+import os
+import sys
+
+__all__ = ["main"]
+
+_TOOLS = {
+    "mkcomposefs": "cfs.cli.mkcomposefs",
+    "composefs-info": "cfs.cli.composefs_info",
+}
+
+
+def main() -> int:
+    """Run the tool that the program name or the first argument names; return its status."""
+    arguments = sys.argv[1:]
+    name = os.path.basename(sys.argv[0])
+    if name not in _TOOLS and arguments and arguments[0] in _TOOLS:
+        name = arguments.pop(0)
+    status: int = importlib.import_module(_TOOLS.get(name, "cfs.cli.cfsctl")).run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

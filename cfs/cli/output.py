@@ -1,0 +1,50 @@
+"""Writing an image to where the user wants it, whole or not at all."""
+
+import os
+import secrets
+import stat
+from contextlib import suppress
+
+__all__ = ["write_output"]
+
+_MODE = 0o666  # the umask takes its part
+
+
+def write_output(path: str, data: bytes | bytearray) -> None:
+    """Write a file; a regular one is replaced when the new one is complete.
+
+    Symlinks are followed.  Devices, fifos and the like are written to.  After an error
+    everything is as before.
+
+    Raises:
+        OSError: opening, writing or renaming failed.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
+        with open(path, "wb", buffering=0) as stream:
+            _write_all(stream.fileno(), data)
+        return
+    target = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(target), f".cfs-{secrets.token_hex(8)}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+    try:
+        try:
+            _write_all(fd, data)
+            if mode is not None:
+                os.fchmod(fd, stat.S_IMODE(mode))
+        finally:
+            os.close(fd)
+        os.rename(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _write_all(fd: int, data: bytes | bytearray) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]

@@ -1,0 +1,66 @@
+"""Commands as composefs-rs has them: no option may be given twice (spec cli-and-varlink a.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from cfs.digest import Algorithm
+
+if TYPE_CHECKING:
+    from typing_extensions import override  # typing has it from 3.12 on
+else:
+
+    def override(method: object) -> object:
+        """Mark what replaces a method of click, for the type checker."""
+        return method
+
+
+__all__ = ["GlobalOptions", "StrictCommand", "check_repetitions", "find_global_options", "override"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalOptions:
+    """What stands before the command.
+
+    Attributes:
+        algorithm: of ``--hash``, or None.
+        erofs_version: of ``--erofs-version``, or None.
+        has_repository: False with ``--no-repo``.
+    """
+
+    algorithm: Algorithm | None
+    erofs_version: int | None
+    has_repository: bool
+
+
+def find_global_options(ctx: click.Context) -> GlobalOptions:
+    """Return the global options of a running command."""
+    options = ctx.find_object(GlobalOptions)
+    assert options is not None
+    return options
+
+
+def check_repetitions(command: click.Command, ctx: click.Context, args: Sequence[str]) -> None:
+    """Refuse options that are given twice and are not made for it.
+
+    Raises:
+        click.UsageError: naming the option.
+    """
+    _, _, order = command.make_parser(ctx).parse_args(args=list(args))
+    for param in order:
+        if isinstance(param, click.Option) and not param.multiple and order.count(param) > 1:
+            msg = f"the option {param.opts[-1]} cannot be given twice"
+            raise click.UsageError(msg, ctx)
+
+
+class StrictCommand(click.Command):
+    """A command that refuses repeated options; ``-h`` is help."""
+
+    @override
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, once the options were counted."""
+        ctx.help_option_names = ["-h", "--help"]
+        check_repetitions(self, ctx, args)
+        return super().parse_args(ctx, args)
