@@ -21,7 +21,7 @@ from typing import Self
 
 from cfs.digest import Algorithm
 from cfs.errors import IntegrityError, InvalidRequestError
-from cfs.fsverity import compute_file_digest
+from cfs.fsverity import compute_file_digests
 from cfs.linux.files import naming, reopen_readonly
 from cfs.objectdir import ObjectDirectory
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink
@@ -336,22 +336,24 @@ class _DigestPool:
     def _run(self, jobs: list[_Job]) -> None:
         """Digest a batch, in a worker; its files are closed in any case."""
         try:
-            for job in jobs:
-                if self._stopped:
-                    return
-                self._digest(job)
+            if not self._stopped:
+                self._digest(jobs)
         finally:
             for job in jobs:
                 os.close(job.fd)
 
-    def _digest(self, job: _Job) -> None:
-        try:
-            with naming(job.path):
-                digest = compute_file_digest(job.fd, job.size, self._options.algorithm)
-            if self._options.objects:
-                self._options.objects.put(job.fd, job.size, digest)
-        except IntegrityError as error:
-            msg = f"{os.fsdecode(job.path)}: {error}"
-            raise IntegrityError(msg) from error
-        job.node.payload = digest.object_path
-        job.node.digest = digest
+    def _digest(self, jobs: list[_Job]) -> None:
+        digests = compute_file_digests(
+            [job.fd for job in jobs], [job.size for job in jobs], self._options.algorithm
+        )
+        for job in jobs:
+            try:
+                with naming(job.path):
+                    digest = next(digests)
+                if self._options.objects:
+                    self._options.objects.put(job.fd, job.size, digest)
+            except IntegrityError as error:
+                msg = f"{os.fsdecode(job.path)}: {error}"
+                raise IntegrityError(msg) from error
+            job.node.payload = digest.object_path
+            job.node.digest = digest

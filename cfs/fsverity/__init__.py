@@ -10,6 +10,8 @@ import errno
 import fcntl
 import os
 import struct
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from cfs.digest import Algorithm, Digest
@@ -19,7 +21,7 @@ from cfs.fsverity import _libfsverity  # type: ignore[attr-defined] # made by _b
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["compute_digest", "compute_file_digest", "enable", "measure"]
+__all__ = ["compute_digest", "compute_file_digest", "compute_file_digests", "enable", "measure"]
 
 FS_IOC_MEASURE_VERITY = 0xC0046686
 _FSVERITY_DIGEST = struct.Struct("=HH")  # digest_algorithm, digest_size
@@ -27,17 +29,14 @@ _UNSUPPORTED = (errno.ENOTTY, errno.EOPNOTSUPP)
 
 
 class _Library(Protocol):
-    """The functions of ``_build.DECLARATIONS``: 0, ``-errno``, or 1 for a changed file."""
+    """The functions of ``_build.DECLARATIONS``; codes are 0, ``-errno``, 1 for a changed file."""
 
-    def cfs_digest_file(
-        self, fd: int, size: int, algorithm: int, digest: object, digest_size: int, /
-    ) -> int: ...
-
-    def cfs_digest_buffer(
-        self, data: object, size: int, algorithm: int, digest: object, digest_size: int, /
-    ) -> int: ...
-
-    def cfs_enable(self, fd: int, algorithm: int, /) -> int: ...
+    # fds, sizes, nr_files, algorithm, digests, digest_size, result
+    cfs_digest_files: Callable[[object, object, int, int, object, int, object], int]
+    # data, size, algorithm, digest, digest_size
+    cfs_digest_buffer: Callable[[object, int, int, object, int], int]
+    # fd, algorithm
+    cfs_enable: Callable[[int, int], int]
 
 
 class _Ffi(Protocol):
@@ -88,18 +87,40 @@ def compute_file_digest(fd: int, size: int, algorithm: Algorithm = Algorithm.SHA
         IntegrityError: the file is longer or shorter than ``size``.
         OSError: reading failed.
     """
-    digest = bytearray(algorithm.digest_size)
-    target = _ffi.from_buffer("uint8_t[]", digest)
-    result = _lib.cfs_digest_file(fd, size, algorithm, target, len(digest))
-    if result > 0:
-        msg = f"file changed while it was read: expected {size} bytes, found {_size(fd)}"
+    return next(compute_file_digests([fd], [size], algorithm))
+
+
+def compute_file_digests(
+    fds: Sequence[int], sizes: Sequence[int], algorithm: Algorithm = Algorithm.SHA256
+) -> Iterator[Digest]:
+    """Yield the digests of several files, as :func:`compute_file_digest` for each of them.
+
+    All are computed before the first one comes, without the interpreter lock in between; with
+    small files and several threads, taking the lock would cost more than the digests.
+
+    Raises:
+        IntegrityError: the next file is longer or shorter than its size.
+        OSError: reading the next file failed.
+    """
+    digests = bytearray(len(fds) * algorithm.digest_size)
+    result = array("i", [0])
+    nr_digests = _lib.cfs_digest_files(
+        _ffi.from_buffer("int[]", array("i", fds)),
+        _ffi.from_buffer("uint64_t[]", array("Q", sizes)),
+        len(fds),
+        algorithm,
+        _ffi.from_buffer("uint8_t[]", digests),
+        algorithm.digest_size,
+        _ffi.from_buffer("int[]", result),
+    )
+    for number in range(nr_digests):
+        off = number * algorithm.digest_size
+        yield Digest(bytes(digests[off : off + algorithm.digest_size]))
+    if result[0] > 0:
+        size, found = sizes[nr_digests], os.fstat(fds[nr_digests]).st_size
+        msg = f"file changed while it was read: expected {size} bytes, found {found}"
         raise IntegrityError(msg)
-    _check(result)
-    return Digest(bytes(digest))
-
-
-def _size(fd: int) -> int:
-    return os.fstat(fd).st_size
+    _check(result[0])
 
 
 def measure(fd: int) -> Digest | None:

@@ -8,8 +8,8 @@ stays released for a whole digest.
 from cffi import FFI  # type: ignore[import-untyped] # cffi ships no types
 
 DECLARATIONS = """
-int cfs_digest_file(int fd, uint64_t size, uint32_t algorithm,
-                    uint8_t *digest, size_t digest_size);
+size_t cfs_digest_files(const int *fds, const uint64_t *sizes, size_t nr_files,
+                        uint32_t algorithm, uint8_t *digests, size_t digest_size, int *result);
 int cfs_digest_buffer(const void *data, uint64_t size, uint32_t algorithm,
                       uint8_t *digest, size_t digest_size);
 int cfs_enable(int fd, uint32_t algorithm);
@@ -109,7 +109,8 @@ static int compute(void *context, libfsverity_read_fn_t read_fn, uint64_t size,
 }
 
 /* 0, -errno, or 1 if the file does not hold exactly size bytes. */
-int cfs_digest_file(int fd, uint64_t size, uint32_t algorithm, uint8_t *digest, size_t digest_size)
+static int digest_file(int fd, uint64_t size, uint32_t algorithm, uint8_t *digest,
+		       size_t digest_size)
 {
 	struct file_reader reader;
 	int ret;
@@ -125,6 +126,19 @@ int cfs_digest_file(int fd, uint64_t size, uint32_t algorithm, uint8_t *digest, 
 		return 1;
 	ret = fill(&reader);
 	return ret < 0 ? ret : !ret;
+}
+
+/* Number of files digested; if it is not all of them, *result says why the next one was not. */
+size_t cfs_digest_files(const int *fds, const uint64_t *sizes, size_t nr_files,
+			uint32_t algorithm, uint8_t *digests, size_t digest_size, int *result)
+{
+	size_t i;
+
+	*result = 0;
+	for (i = 0; i < nr_files && !*result; i++)
+		*result = digest_file(fds[i], sizes[i], algorithm, digests + i * digest_size,
+				      digest_size);
+	return *result ? i - 1 : i;
 }
 
 int cfs_digest_buffer(const void *data, uint64_t size, uint32_t algorithm, uint8_t *digest,

@@ -6,7 +6,8 @@ FUSE device, a socket to its starter.  SETTINGS is JSON with their numbers.  It 
 the mount point is named only to take the mount down at the end.
 
 Over the socket (``SOCK_SEQPACKET``) it says ``serving`` or ``failed: why``; its starter says
-``mounted DEVICE`` when the mount is visible, and ``stay`` if it may outlive its starter.
+``mounted DEVICE`` when the mount is visible, ``stay`` if it may outlive its starter, ``end`` to
+end at once, whoever uses the mount.
 Status 0: unmounted, told to end, or the starter has gone; 1: failed.
 
 One trio loop, one thread; only reads that wait for a disk, and unmounting, use others.
@@ -111,6 +112,8 @@ async def _talk_to_starter(
             if message.startswith(b"mounted "):
                 state.device = int(message.split()[1])
             state.may_stay |= message == b"stay"
+            if message == b"end":
+                pyfuse3.terminate()
     except OSError as error:
         _log.debug("starter: %s", error)
     if not state.may_stay:

@@ -82,13 +82,19 @@ class Mount:
         try:
             self.wait(grace)
         except TimeoutError:
-            with suppress(OSError):
+            self._abort()
+
+    def _abort(self) -> None:
+        """End the connection: by the session if it still listens, else by the kernel."""
+        with suppress(OSError):
+            self._channel.send(b"end")
+        try:
+            self.wait(_GRACE_SECONDS)
+        except TimeoutError:
+            with suppress(OSError):  # fusectl is not mounted everywhere
                 abort_connection(self.device)
-            try:
-                self.wait(grace)
-            except TimeoutError:
-                self._process.kill()
-                self.wait()
+            self._process.kill()
+            self.wait()
 
     def leave(self) -> None:
         """Let the session serve on when this process ends."""

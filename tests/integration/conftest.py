@@ -5,6 +5,7 @@ variable ``CFS_ABILITIES`` ("root fuse overlay") names those that must be there:
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -50,7 +51,8 @@ def overlay() -> None:
     if os.geteuid() != 0:
         _lack("overlay", "needs root")
     for fstype in ("erofs", "overlay"):
-        subprocess.run(["modprobe", "-q", fstype], check=False, capture_output=True)
+        if modprobe := shutil.which("modprobe"):
+            subprocess.run([modprobe, "-q", fstype], check=False, capture_output=True)
         if f"\t{fstype}\n" not in Path("/proc/filesystems").read_text():
             _lack("overlay", f"the kernel has no {fstype}")
 

@@ -410,6 +410,7 @@ def run_script(
     head = """
         import os, sys
         sys.path.insert(0, sys.argv[1])
+        from pathlib import Path
         import cfs.fuse
         from cfs.tree import Directory, Regular
         from tests.integration.vectors import make_vector
@@ -520,8 +521,9 @@ def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> N
         pytest.skip("fusermount3 is not installed")
     body = """
         with cfs.fuse.serve(vector, mnt, [], name="a,b") as mount:
-            text = open(mnt + "/f").read()
-            line = [l for l in open("/proc/self/mountinfo") if f" {mnt} " in l][0]
+            text = Path(mnt, "f").read_text()
+            lines = Path("/proc/self/mountinfo").read_text().splitlines()
+            line = next(line for line in lines if f" {mnt} " in line)
             sys.stdout.write(f"{os.geteuid()} {text} {line}")
         assert not os.path.ismount(mnt)
         dead = cfs.fuse.start(vector, mnt, [], name="x")
@@ -560,11 +562,15 @@ def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> N
         python=python,
         checkout=open_directory / "checkout",
         cwd=open_directory,
-        env=dict(os.environ, PYTHONPATH=f"{open_directory}/packages"),
+        env=dict(
+            os.environ,
+            PYTHONPATH=f"{open_directory}/packages",
+            LD_LIBRARY_PATH=f"{open_directory}/python/lib",
+        ),
     ) as server:
         out, _ = server.communicate(timeout=DEADLINE)
     assert server.returncode == 0
     assert out.startswith("65534 text ")
-    options = set(re.split("[ ,]", out))
+    options = set(re.split(r"[\s,]", out))
     assert {"ro", "nosuid", "nodev", "fuse.composefs", "default_permissions"} <= options
     assert "composefs:a,b" in out

@@ -1,6 +1,7 @@
 """A tree as an ``InodeVector``, the slow and obvious way, without an image in between."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,8 @@ def make_vector(root: Directory) -> InodeVector:
     dirents: list[tuple[int, int, int]] = []
     dirent_start, xattr_start = [0, 0], [0, 0]
     xattrs: list[tuple[int, int, int, int]] = []
-    inline, objects, object_rows = [(0, 0)], [NO_OBJECT], []
+    inline, objects = [(0, 0)], [NO_OBJECT]
+    object_rows: list[tuple[int, int]] = []
     row = 0
     while row < len(builder.rows):
         inode = builder.rows[row]
@@ -55,7 +57,7 @@ def make_vector(root: Directory) -> InodeVector:
             object_rows.append(builder.put(payload))
     rows = [Inode(mode=0, nlink=0), *builder.rows]
 
-    def column(values: list[int], dtype: str) -> "np.ndarray[tuple[int], np.dtype[np.generic]]":
+    def column(values: list[int], dtype: str) -> Any:
         return np.array(values, dtype)
 
     return InodeVector(
