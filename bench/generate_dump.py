@@ -16,6 +16,8 @@ _LABELS = [f"system_u:object_r:{kind}_t:s0" for kind in ("usr", "bin", "lib", "e
 _FILES_PER_DIRECTORY = 14
 _PARENTS = 400  # only the first directories get others below them
 _SHARED_OBJECTS = 500
+_CAPABILITY_EVERY = 50
+_USER_XATTRS_EVERY = 10
 _KINDS = ("file", "shared", "inline", "empty", "symlink", "hardlink", "fifo")
 _WEIGHTS = (640, 60, 60, 20, 150, 60, 10)
 
@@ -31,9 +33,9 @@ def _stat(rng: random.Random, size: int, mode: int, nlink: int = 1) -> str:
 
 def _xattrs(rng: random.Random) -> str:
     xattrs = f" security.selinux={rng.choice(_LABELS)}\\x00"
-    if rng.random() < 0.02:
+    if not rng.randrange(_CAPABILITY_EVERY):
         xattrs += " security.capability=\\x01\\x00\\x00\\x02\\x00\\x20"
-    if rng.random() < 0.1:
+    if not rng.randrange(_USER_XATTRS_EVERY):
         xattrs += f" user.origin=package-{rng.randrange(900)} user.mime=application/octet"
     return xattrs
 
@@ -86,13 +88,18 @@ class _Generator:
         return f"{_stat(rng, size, 0o100644)} {payload} - {digest}{_xattrs(rng)}"
 
 
+def generate(nr_lines: int = 64_000, seed: int = 1) -> bytes:
+    """Return a whole dumpfile."""
+    return "".join(_Generator(nr_lines, seed).lines()).encode()
+
+
 def main() -> None:
     """Print the dump."""
     parser = argparse.ArgumentParser(description="print an invented dumpfile")
     parser.add_argument("--lines", type=int, default=64_000, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     arguments = parser.parse_args()
-    sys.stdout.writelines(_Generator(arguments.lines, arguments.seed).lines())
+    sys.stdout.buffer.write(generate(arguments.lines, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,6 @@ class Digest:
         text = self.value.hex().encode()
         return text[:2] + b"/" + text[2:]
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # type: ignore[explicit-override]  # typing has it from 3.12 on
         """Lower case hex digits, without prefix."""
         return self.value.hex()

@@ -230,11 +230,11 @@ def _xattr_icount(xattr_size: int) -> int:
 def _put_xattrs(
     image: bytearray, queue: Sequence[Record], reference_of: Mapping[bytes, bytes]
 ) -> None:
+    reference = reference_of.__getitem__
     for record in queue:
         if not record.xattr_entries:
             continue
         head = XATTR_HEADER.pack(record.xattr_filter, len(record.references))
-        references = [reference_of[entry] for entry in record.references]
-        xattrs = b"".join([head, *references, record.inline_xattrs])
+        xattrs = head + b"".join(map(reference, record.references)) + record.inline_xattrs
         end_off = record.inode_off + record.head_size
         image[end_off - len(xattrs) : end_off] = xattrs

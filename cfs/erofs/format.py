@@ -50,7 +50,6 @@ __all__ = [
     "DataLayout",
     "FileType",
     "ImageVersion",
-    "VerityAlgorithm",
 ]
 
 
@@ -89,7 +88,7 @@ class FileType(IntEnum):
 
     @classmethod
     def of_mode(cls, mode: int) -> "FileType | None":
-        """The code of an ``st_mode``, None if its type is not valid."""
+        """Return the code of an ``st_mode``, None if its type is not valid."""
         return _FILE_TYPES.get(stat.S_IFMT(mode))
 
 
@@ -102,13 +101,6 @@ _FILE_TYPES: Final = {
     stat.S_IFSOCK: FileType.SOCKET,
     stat.S_IFLNK: FileType.SYMLINK,
 }
-
-
-class VerityAlgorithm(IntEnum):
-    """``digest_algo`` of a metacopy record (4.5)."""
-
-    SHA256 = 1
-    SHA512 = 2
 
 
 # The regions of an image (1.1)

@@ -6,11 +6,11 @@ Specification: erofs-image 4.5, 5.3, 5.4, 5.6 and section 6; 12.3 for composefs-
 import re
 import stat
 from bisect import bisect_left
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
-from cfs.digest import Digest
+from cfs.digest import Algorithm, Digest
 from cfs.erofs.format import (
     BLOCK_BITS,
     BLOCK_SIZE,
@@ -20,6 +20,8 @@ from cfs.erofs.format import (
     INLINE_TAIL_MAX,
     V2_CONTENT_SIZE_MAX,
     V2_SYMLINK_SIZE_MAX,
+    XATTR_ENTRY,
+    XATTR_PREFIXES,
     DataLayout,
     ImageVersion,
 )
@@ -45,17 +47,28 @@ _HOLDER_MARKERS_V1 = (
 )
 _OBJECT_PATH = re.compile(rb"[0-9a-f]{2}/(?:[0-9a-f]{126}|[0-9a-f]{62})\Z", re.IGNORECASE)
 
+_TRUSTED = XATTR_PREFIXES.index(b"trusted.")
+_METACOPY_SUFFIX = b"overlay.metacopy"
+_REDIRECT_SUFFIX = b"overlay.redirect"
+_METACOPY_HEADS = {  # entry and record up to the digest; both need no padding behind it
+    algorithm: XATTR_ENTRY.pack(len(_METACOPY_SUFFIX), _TRUSTED, 4 + algorithm.digest_size)
+    + _METACOPY_SUFFIX
+    + bytes((0, 4 + algorithm.digest_size, 0, algorithm))
+    for algorithm in Algorithm
+}
 STUB_NAMES = frozenset(b"%02x" % number for number in range(256))
 
 
 class _XattrSet(NamedTuple):
     """The encoded xattrs of an inode, with the places of metacopy and redirect among them."""
 
-    name_filter: int
     entries: tuple[bytes, ...]
     before_metacopy: tuple[bytes, ...]
     between: tuple[bytes, ...]
     after_redirect: tuple[bytes, ...]
+    name_filter: int
+    metacopy_filter: int
+    redirect_filter: int
 
 
 def with_stubs(root: Directory, children: dict[bytes, Child]) -> dict[bytes, Child]:
@@ -93,8 +106,8 @@ class OverlayRewriter:
         version: of the image.
         encoder: where xattrs get their encoded form.
         is_rust: follow composefs-rs where it differs from C; always so in version 2.
-        whiteouts: ``id`` of the inodes to escape.
-        holders: ``id`` of the directories that get markers because they hold them.
+        whiteouts: ``id`` of the inodes to escape, with that of the directories that hold them
+            and get markers.
     """
 
     def __init__(
@@ -103,14 +116,13 @@ class OverlayRewriter:
         encoder: XattrEncoder,
         *,
         is_rust: bool,
-        whiteouts: Container[int] = (),
-        holders: Container[int] = (),
+        whiteouts: Mapping[int, int],
     ) -> None:
         self._version = version
         self._encoder = encoder
         self._is_rust = is_rust
         self._whiteouts = whiteouts
-        self._holders = holders
+        self._holders = frozenset(whiteouts.values())
         self._holder_markers = _HOLDER_MARKERS_V1 if version == 1 else _HOLDER_MARKERS
         self._sets: dict[tuple[tuple[bytes, bytes], ...], _XattrSet] = {}
 
@@ -198,21 +210,28 @@ class OverlayRewriter:
         self, record: Record, digest: Digest | None, object_path: bytes | None
     ) -> None:
         xattrs = self._xattr_set(record.inode.xattrs)
-        unique_entry = self._encoder.unique_entry
-        metacopy = unique_entry(_METACOPY, b"" if digest is None else _metacopy_record(digest))
-        names = [_METACOPY]
-        redirect: tuple[bytes, ...] = ()
+        if digest is None:
+            metacopy = self._encoder.entry(_METACOPY, b"")
+        else:
+            metacopy = _METACOPY_HEADS[digest.algorithm] + digest.value
         if object_path:
-            redirect = (unique_entry(_REDIRECT, b"/" + object_path),)
-            names.append(_REDIRECT)
-        record.xattr_entries = (
-            *xattrs.before_metacopy,
-            metacopy,
-            *xattrs.between,
-            *redirect,
-            *xattrs.after_redirect,
-        )
-        record.xattr_filter = xattrs.name_filter & self._encoder.filter_of(names)
+            redirect = _redirect_entry(object_path)
+            record.xattr_filter = xattrs.redirect_filter
+            record.xattr_entries = (
+                *xattrs.before_metacopy,
+                metacopy,
+                *xattrs.between,
+                redirect,
+                *xattrs.after_redirect,
+            )
+        else:
+            record.xattr_filter = xattrs.metacopy_filter
+            record.xattr_entries = (
+                *xattrs.before_metacopy,
+                metacopy,
+                *xattrs.between,
+                *xattrs.after_redirect,
+            )
 
     def _set_marked_xattrs(self, record: Record, markers: Sequence[tuple[bytes, bytes]]) -> None:
         """Add markers; they replace what is there, or in Rust stand beside it."""
@@ -242,8 +261,17 @@ class OverlayRewriter:
             first = bisect_left(escaped, (_METACOPY,))
             last = bisect_left(escaped, (_REDIRECT,))
         entries = tuple(self._encoder.entry(*pair) for pair in escaped)
-        name_filter = self._encoder.filter_of(name for name, _ in escaped)
-        return _XattrSet(name_filter, entries, entries[:first], entries[first:last], entries[last:])
+        names = [name for name, _ in escaped]
+        filter_of = self._encoder.filter_of
+        return _XattrSet(
+            entries,
+            entries[:first],
+            entries[first:last],
+            entries[last:],
+            filter_of(names),
+            filter_of([*names, _METACOPY]),
+            filter_of([*names, _METACOPY, _REDIRECT]),
+        )
 
 
 def _escape(name: bytes) -> bytes:
@@ -252,9 +280,10 @@ def _escape(name: bytes) -> bytes:
     return name
 
 
-def _metacopy_record(digest: Digest) -> bytes:
-    record_size = 4 + len(digest.value)
-    return bytes((0, record_size, 0, digest.algorithm)) + digest.value
+def _redirect_entry(object_path: bytes) -> bytes:
+    value_size = 1 + len(object_path)
+    head = XATTR_ENTRY.pack(len(_REDIRECT_SUFFIX), _TRUSTED, value_size) + _REDIRECT_SUFFIX
+    return head + b"/" + object_path + bytes(-(len(head) + value_size) % 4)
 
 
 def _rust_object(file: Regular) -> tuple[Digest | None, bytes | None, bool]:

@@ -49,14 +49,11 @@ class XattrEncoder:
         pair = (name, value)
         entry = self._entries.get(pair)
         if entry is None:
-            entry = self._entries[pair] = self.unique_entry(name, value)
+            number, suffix = self._split.get(name) or self._split_name(name)
+            entry = XATTR_ENTRY.pack(len(suffix), number, len(value)) + suffix + value
+            entry += bytes(-len(entry) % 4)
+            self._entries[pair] = entry
         return entry
-
-    def unique_entry(self, name: bytes, value: bytes) -> bytes:
-        """Return the padded entry of a pair that is not worth remembering."""
-        number, suffix = self._split.get(name) or self._split_name(name)
-        entry = XATTR_ENTRY.pack(len(suffix), number, len(value)) + suffix + value
-        return entry + bytes(-len(entry) % 4)
 
     def _split_name(self, name: bytes) -> tuple[int, bytes]:
         number, prefix = next(each for each in self._prefixes if name.startswith(each[1]))

@@ -54,7 +54,15 @@ def write_image(
     is_rust = rules is Rules.RUST or version == ImageVersion.V2
     queue = _number(root, version, is_rust=is_rust, has_links=look.has_links)
     encoder = XattrEncoder(version)
-    _rewrite(root, queue, version, encoder, is_rust=is_rust)
+    whiteouts = {}
+    if look.has_whiteouts and version != ImageVersion.V2:
+        whiteouts = _whiteouts_to_escape(root, queue, is_rust=is_rust)
+    rewriter = OverlayRewriter(version, encoder, is_rust=is_rust, whiteouts=whiteouts)
+    for record in queue:
+        try:
+            rewriter.rewrite(record)
+        except FormatError as error:
+            raise FormatError(f"{path_of(root, record.inode)}: {error}") from None
     try:
         return encode_image(queue, version, encoder, is_rust=is_rust)
     except RecordError as error:
@@ -101,44 +109,19 @@ def _number(
     return queue
 
 
-def _rewrite(
-    root: Directory,
-    queue: Sequence[Record],
-    version: ImageVersion,
-    encoder: XattrEncoder,
-    *,
-    is_rust: bool,
-) -> None:
-    """Give each record what composefs stores for it."""
-    whiteouts: dict[int, int] = {}  # id of the whiteout, id of its directory
-    if version != ImageVersion.V2:
-        stubs = _stubs_of(root, queue[0], is_rust=is_rust)
-        whiteouts = {
-            id(record.inode): id(record.parent.inode)
-            for record in queue
-            if record.inode.rdev == 0 and record.inode.is_whiteout and id(record.inode) not in stubs
-        }
-    rewriter = OverlayRewriter(
-        version,
-        encoder,
-        is_rust=is_rust,
-        whiteouts=whiteouts.keys(),
-        holders=set(whiteouts.values()),
-    )
-    for record in queue:
-        try:
-            rewriter.rewrite(record)
-        except FormatError as error:
-            raise FormatError(f"{path_of(root, record.inode)}: {error}") from None
-
-
-def _stubs_of(root: Directory, top: Record, *, is_rust: bool) -> set[int]:
-    """Return the ``id`` of the whiteouts of the root that are stubs."""
+def _whiteouts_to_escape(
+    root: Directory, queue: Sequence[Record], *, is_rust: bool
+) -> dict[int, int]:
+    """Return the ``id`` of each whiteout but for stubs, with that of its directory."""
     model = new_stub(root)
     stubs = set()
-    for name, record in zip(top.names, top.children, strict=True):
+    for name, record in zip(queue[0].names, queue[0].children, strict=True):
         if name not in STUB_NAMES or not isinstance(record.inode, Special):
             continue
         if name not in root.children or (is_rust and equals_stub(record.inode, model)):
             stubs.add(id(record.inode))
-    return stubs
+    return {
+        id(record.inode): id(record.parent.inode)
+        for record in queue
+        if record.inode.is_whiteout and id(record.inode) not in stubs
+    }

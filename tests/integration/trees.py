@@ -47,7 +47,7 @@ class RandomTree:
         for _ in range(rng.choice((0, 3, 12, 40)) if depth else 25):
             is_directory = depth < _MAX_DEPTH and rng.random() < 0.15
             child = self._directory(depth + 1) if is_directory else self._leaf()
-            directory.children[self._name()] = child
+            directory.children[self._name(directory)] = child
         if depth == 0:  # nothing is left to chance that one tree of each kind should hold
             for kind in _KINDS:
                 directory.children[kind.encode()] = self._leaf(kind)
@@ -71,7 +71,8 @@ class RandomTree:
             inode = Special(**self._common(stat.S_IFCHR))
         else:
             inode = self._file(kind)
-        self._leaves.append(inode)
+        if not (inode.is_whiteout and self._version == 2):  # their links are refused
+            self._leaves.append(inode)
         return inode
 
     def _file(self, kind: str) -> Regular:
@@ -135,9 +136,11 @@ class RandomTree:
             xattrs[b"system.posix_acl_access"] = _ACL
         return xattrs
 
-    def _name(self) -> bytes:
-        name = self._bytes(self._rng.choice((1, 3, 8, 8, 30, 255)))
-        return name if name not in (b".", b"..") else b"dots"
+    def _name(self, directory: Directory) -> bytes:
+        name = b"."
+        while name in (b".", b"..") or name in directory.children:
+            name = self._bytes(self._rng.choice((1, 3, 8, 8, 30, 255)))
+        return name
 
     def _bytes(self, size: int) -> bytes:
         return bytes(self._rng.choices(_ALPHABET, k=size))

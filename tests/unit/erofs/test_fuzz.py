@@ -1,7 +1,7 @@
 """Damaged images: a vector that can be walked in full, or a FormatError, nothing else.
 
 ``CFS_FUZZ_IMAGES`` sets the number of images (default 1500), ``CFS_FUZZ_SEED`` the seed.
-Every image that once went wrong is kept in tests/data/corpus and replayed.
+tests/data/corpus keeps images that went wrong once, here or in a peer; they are replayed.
 """
 
 import os
@@ -12,52 +12,22 @@ from functools import cache
 import numpy as np
 import pytest
 
-from cfs.dumpfile import parse_dumpfile
 from cfs.erofs import mount_view, read_image, tree_view
-from cfs.erofs.writer import write_image
 from cfs.errors import CfsError
 from cfs.inodes import NO_OBJECT, Ino, InodeVector
 from tests.paths import DATA
-from tests.unit.erofs.images import load_zst
+from tests.unit.erofs.images import load_zst, seeds
 from tests.unit.reference.slow_reader import SlowInode, SlowReader
 
 NR_IMAGES = int(os.environ.get("CFS_FUZZ_IMAGES", "1500"))
 SEED = int(os.environ.get("CFS_FUZZ_SEED", "1"))
 NR_PARTS = 8
 CORPUS = sorted((DATA / "corpus").glob("*.cfs.zst"))
-DIGEST = "35d02f81325122d77ec1d11baba655bc9bf8a891ab26119a41c50fa03ddfb408"
-DUMP = f"""/ 0 40755 2 0 0 0 0.0 - - - security.selinux=label
-/big 4500 100644 1 0 0 0 7.5 - {"x" * 4500} - user.a=1
-/dir 0 40755 2 70000 1 0 1.0 - - - trusted.overlay.opaque=y user.overlay.whiteouts=
-/dir/deep 0 40755 2 0 0 0 1.0 - - - security.selinux=label
-/dir/deep/er 0 40755 2 0 0 0 1.0 - - - security.selinux=label
-/dir/deep/er/file 5 100644 1 0 0 0 1.0 - hello - user.name=value user.other=value
-/dir/link 5 120777 1 0 0 0 1.0 ../up - - system.posix_acl_access=
-/dir/long {4090} 120777 1 0 0 0 1.0 {"t" * 4090} - -
-/external 100000 100644 2 0 0 0 7.0 {DIGEST[:2]}/{DIGEST[2:]} - {DIGEST} security.selinux=label
-/fifo 0 10644 1 0 0 0 7.0 - - - trusted.a=b lustre.b=c
-/same 0 @100644 1 0 0 0 0.0 /external - -
-/sparse 70000 100644 1 0 0 0 7.0 - - -
-/zero 0 20644 1 0 0 259 7.0 - - - security.selinux=label
-"""
-MANY = "".join(f"/many/{n:03}-name 0 100644 1 0 0 0 0.0 - - -\n" for n in range(400))
-WHITEOUT = "/wh 0 40755 2 0 0 0 0.0 - - -\n/wh/gone 0 20644 1 0 0 0 0.0 - - -\n"
-
-
-@cache
-def seeds() -> list[bytes]:
-    """Valid images to start from, small ones of all formats first."""
-    directory = "/many 0 40755 2 0 0 0 0.0 - - -\n" + MANY
-    in_v2 = "\n".join(
-        line for line in DUMP.splitlines() if not line.startswith(("/big ", "/dir/long "))
-    )
-    images = []
-    for version in range(3):
-        text = DUMP if version < 2 else in_v2 + "\n"
-        for dump in (text + WHITEOUT, text + directory):
-            tree = parse_dumpfile(dump.encode())
-            images.append(bytes(write_image(tree, min_version=version, max_version=version)))
-    return [*images, load_zst("kinds.cfs.zst")]
+# (offset, size) of fields
+SUPERBLOCK_FIELDS = [(0, 4), (8, 4), (12, 1), (14, 2), (24, 8), (36, 4), (40, 4), (44, 4), (80, 4)]
+COMPACT_FIELDS = [(0, 2), (2, 2), (4, 2), (6, 2), (8, 4), (16, 4), (24, 2)]
+EXTENDED_FIELDS = [(0, 2), (2, 2), (4, 2), (8, 8), (16, 4), (24, 4), (32, 8), (40, 4), (44, 4)]
+EDGES = [0, 1, 2, 3, 4, 5, 11, 12, 13, 24, 31, 32, 46, 47, 255, 256, 4095, 4096, 4097, 0x7F, 0x80]
 
 
 @cache
@@ -65,41 +35,40 @@ def targets(number: int) -> tuple[list[tuple[int, int]], list[SlowInode]]:
     """(offset, size) of everything that the reader looks at in a seed, and its inodes."""
     image = seeds()[number]
     reader = SlowReader(image)
-    found = [(12, 4)] + [(1024 + off, size) for off, size in SUPERBLOCK_FIELDS]
     inodes = reader.breadth_first()
+    found = [(12, 4)] + [(1024 + off, size) for off, size in SUPERBLOCK_FIELDS]
     for inode in inodes:
-        off = 32 * inode.nid
-        is_extended = image[off] & 1
-        fields = EXTENDED_FIELDS if is_extended else COMPACT_FIELDS
-        found += [(off + field, size) for field, size in fields]
-        off += 64 if is_extended else 32
-        icount = struct.unpack_from("<H", image, 32 * inode.nid + 2)[0]
-        if icount:
-            found += [(off + 4, 1), (off + 12, 4 * (icount - 1))]
-            found += [(off + word, 4) for word in range(12, 12 + 4 * min(icount - 1, 20), 4)]
-            off += 8 + 4 * icount
-        i_u = struct.unpack_from("<I", image, 32 * inode.nid + 16)[0]
-        if inode.entries:
-            size = inode.size
-            starts = [4096 * (i_u + k) for k in range(size // 4096)]
-            starts += [off] if size % 4096 else []
-            for start in starts:
-                count = min(struct.unpack_from("<H", image, start + 8)[0] // 12, 300)
-                for entry in range(count):
-                    base = start + 12 * entry
-                    found += [(base, 2), (base, 8), (base + 8, 2), (base + 10, 1)]
-                found.append((start + 12 * count, 200))
-        elif inode.content:
-            found.append((off, 8))
-    shared = reader.xattr_off
-    found += [(off, 4) for off in range(shared, min(shared + 4096, len(image) - 4), 4)]
-    return [(off, size) for off, size in found if off + size <= len(image) and size], inodes
+        found += inode_targets(image, inode)
+    found += [(off, 4) for off in range(reader.xattr_off, reader.xattr_off + 4096, 4)]
+    return [(off, size) for off, size in found if off + size <= len(image)], inodes
 
 
-SUPERBLOCK_FIELDS = [(0, 4), (8, 4), (12, 1), (14, 2), (24, 8), (36, 4), (40, 4), (44, 4), (80, 4)]
-COMPACT_FIELDS = [(0, 2), (2, 2), (4, 2), (6, 2), (8, 4), (16, 4), (24, 2)]
-EXTENDED_FIELDS = [(0, 2), (2, 2), (4, 2), (8, 8), (16, 4), (24, 4), (32, 8), (40, 4), (44, 4)]
-EDGES = [0, 1, 2, 3, 4, 5, 11, 12, 13, 24, 31, 32, 46, 47, 255, 256, 4095, 4096, 4097, 0x7F, 0x80]
+def inode_targets(image: bytes, inode: SlowInode) -> Iterator[tuple[int, int]]:
+    off = 32 * inode.nid
+    i_format, icount = struct.unpack_from("<HH", image, off)
+    i_u = struct.unpack_from("<I", image, off + 16)[0]
+    for field, size in EXTENDED_FIELDS if i_format & 1 else COMPACT_FIELDS:
+        yield off + field, size
+    off += 64 if i_format & 1 else 32
+    if icount:
+        yield off + 4, 1
+        for word in range(12, 12 + 4 * min(icount - 1, 20), 4):
+            yield off + word, 4
+        off += 8 + 4 * icount
+    if inode.entries:
+        starts = [4096 * (i_u + block) for block in range(inode.size // 4096)]
+        for start in [*starts, off] if inode.size % 4096 else starts:
+            yield from directory_targets(image, start)
+    elif inode.content:
+        yield off, 8
+
+
+def directory_targets(image: bytes, start: int) -> Iterator[tuple[int, int]]:
+    nr_entries = struct.unpack_from("<H", image, start + 8)[0] // 12
+    for entry in range(start, start + 12 * nr_entries, 12):
+        yield from ((entry, 2), (entry, 8), (entry + 8, 2), (entry + 10, 1))
+    names = struct.unpack_from("<H", image, start + 8)[0]
+    yield start + names, 200
 
 
 def mutate(rng: np.random.Generator, number: int) -> bytes:
@@ -108,25 +77,21 @@ def mutate(rng: np.random.Generator, number: int) -> bytes:
     places, inodes = targets(number)
     for _ in range(rng.integers(1, 5)):
         off, size = places[rng.integers(len(places))]
-        kind = rng.integers(6)
-        field = min(size, 8)
-        old = int.from_bytes(image[off : off + field], "little")
-        if kind == 0:
-            off += int(rng.integers(size))
-            image[off] ^= 1 << int(rng.integers(8))
+        if rng.random() < 0.2:
+            image[off + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
             continue
-        if kind == 1:
-            value = old + int(rng.integers(-3, 4)) * int(rng.choice([1, 2, 4, 12, 32]))
-        elif kind == 2:
-            value = int(rng.choice(EDGES))
-        elif kind == 3:
-            value = -1 - int(rng.integers(3))
-        elif kind == 4:
-            value = inodes[rng.integers(len(inodes))].nid
-        else:
-            other, _ = places[rng.integers(len(places))]
-            value = int.from_bytes(image[other : other + field], "little")
-        image[off : off + field] = (value % 256**field).to_bytes(field, "little")
+        size = min(size, 8)
+        old = int.from_bytes(image[off : off + size], "little")
+        other, _ = places[rng.integers(len(places))]
+        values = (
+            old + int(rng.integers(-3, 4)) * int(rng.choice([1, 2, 4, 12, 32])),
+            int(rng.choice(EDGES)),
+            -1 - int(rng.integers(3)),
+            inodes[rng.integers(len(inodes))].nid,
+            int.from_bytes(image[other : other + size], "little"),
+        )
+        value = values[rng.integers(len(values))]
+        image[off : off + size] = (value % 256**size).to_bytes(size, "little")
     if rng.random() < 0.05:
         del image[int(rng.integers(len(image))) :]
     return bytes(image)
@@ -182,8 +147,7 @@ def survive(image: bytes) -> bool:
     """Whether the image gives a vector; anything but a CfsError fails the test."""
     try:
         vector = read_image(np.frombuffer(image, np.uint8))
-    except CfsError as error:
-        assert str(error)
+    except CfsError:
         return False
     size = sum(column.nbytes for column in vars_of(vector))
     assert size <= 64 * len(image)
