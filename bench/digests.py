@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cfs.scan import ScanOptions, scan
+from cfs.directory import ScanOptions, scan
 
 ROUNDS = 5
 SIZES = [64 << 20] * 8 + [1 << 20] * 256 + [64 << 10] * 3072 + [8 << 10] * 8192

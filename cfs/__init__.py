@@ -5,15 +5,14 @@ Everything is loaded when it is first used; ``import cfs`` alone loads neither n
 
 import importlib
 import os
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from cfs.digest import Algorithm, Digest
+    from cfs.directory import ScanOptions, scan
     from cfs.dumpfile import format_tree, format_vector, parse_dumpfile
     from cfs.erofs import open_image
     from cfs.erofs.writer import write_image
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     )
     from cfs.fuse import Mount
     from cfs.inodes import InodeVector
-    from cfs.scan import ScanOptions, scan
 
 __all__ = [
     "Algorithm",
@@ -58,12 +56,12 @@ _MODULES = {
     "Algorithm": "cfs.digest",
     "Digest": "cfs.digest",
     "InodeVector": "cfs.inodes",
-    "ScanOptions": "cfs.scan",
+    "ScanOptions": "cfs.directory",
     "format_tree": "cfs.dumpfile",
     "format_vector": "cfs.dumpfile",
     "open_image": "cfs.erofs",
     "parse_dumpfile": "cfs.dumpfile",
-    "scan": "cfs.scan",
+    "scan": "cfs.directory",
     "write_image": "cfs.erofs.writer",
 }
 
@@ -75,19 +73,6 @@ def __getattr__(name: str) -> object:
     module = importlib.import_module(_MODULES.get(name, "cfs.errors"))
     value = globals()[name] = getattr(module, name)
     return value
-
-
-class _Package(ModuleType):
-    """Lets ``cfs.scan`` be the function though there is a module of that name."""
-
-    def __setattr__(  # type: ignore[explicit-override] # typing has override from 3.12 on
-        self, name: str, value: object
-    ) -> None:
-        is_module = name == "scan" and isinstance(value, ModuleType)
-        super().__setattr__(name, getattr(value, name) if is_module else value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def serve(

@@ -9,11 +9,11 @@ import click
 
 from cfs.cli.strict import GlobalOptions, StrictCommand, find_global_options
 from cfs.digest import Algorithm
+from cfs.directory import ScanOptions, scan
 from cfs.dumpfile import format_tree
 from cfs.erofs.writer import Rules, write_image
 from cfs.errors import UnsupportedError
 from cfs.fsverity import compute_digest
-from cfs.scan import ScanOptions, scan
 from cfs.tree import Directory
 
 __all__ = ["compute_id", "create_dumpfile"]

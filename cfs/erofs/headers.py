@@ -34,6 +34,7 @@ __all__ = ["FIRST_NID", "MAX_IMAGE_SIZE", "Image", "Inodes", "load_image", "load
 
 MAX_IMAGE_SIZE = 1 << 30
 CHUNKED_FILE = 4  # of feature_incompat
+FILE_SIZE_MAX = (1 << 63) - 1  # loff_t
 MIN_DIRECTORY_SIZE = 27  # "." and "..": two entries of 12 bytes, three of names
 FIRST_NID = FIRST_INODE_OFF // SLOT_SIZE
 _IS_TYPE = np.array([FileType.of_mode(nibble << 12) is not None for nibble in range(16)])
@@ -257,6 +258,13 @@ def _check_types(inodes: Inodes) -> None:
         nid,
         "i_size",
         "0 for a special file",
+        size,
+    )
+    check(
+        ~is_chunked | (size <= FILE_SIZE_MAX),
+        nid,
+        "i_size",
+        f"at most {FILE_SIZE_MAX} for a file",
         size,
     )
     is_whiteout = (kind == stat.S_IFCHR) & (inodes.i_u == 0)

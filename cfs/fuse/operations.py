@@ -40,6 +40,7 @@ _BLOCK_SIZE = 4096
 _NAME_MAX = 255
 _NR_DOTS = 2  # "." and ".." come first in a listing
 _FOREVER = float("inf")
+_MTIME_NS_MAX = (1 << 63) * 1_000_000_000 - 1  # an image may hold 2**32-1 ns in the last second
 _ACL_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
 _SELINUX_NAME = b"security.selinux"
 
@@ -103,6 +104,7 @@ class VectorOperations(pyfuse3.Operations):
         if stat.S_ISREG(mode):
             entry.st_blocks = -(-size // _BLOCK_SIZE) * (_BLOCK_SIZE // 512)
         mtime_ns = self._mtime_sec[ino] * 1_000_000_000 + self._mtime_nsec[ino]
+        mtime_ns = min(mtime_ns, _MTIME_NS_MAX)
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
         return entry
 

@@ -574,3 +574,14 @@ def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> N
     options = set(re.split(r"[\s,]", out))
     assert {"ro", "nosuid", "nodev", "fuse.composefs", "default_permissions"} <= options
     assert "composefs:a,b" in out
+
+
+def test_times_and_sizes_at_the_limits_of_an_image(served: Serve, mnt: Path) -> None:
+    """A hostile image may hold any 64-bit seconds and any 32-bit nanoseconds."""
+    last = Regular(mode=0o100644, mtime_sec=2**63 - 1, mtime_nsec=2**32 - 1)
+    first = Regular(mode=0o100644, mtime_sec=-(2**63), size=2**63 - 1)
+    served(make_vector(Directory(mode=0o040755, children={b"a": last, b"b": first})))
+    assert (mnt / "b").stat().st_size == 2**63 - 1
+    for name in ("a", "b"):
+        (mnt / name).stat()
+    assert sorted(os.listdir(mnt)) == ["a", "b"]

@@ -197,6 +197,12 @@ def long_content(p: Patient) -> str:
     return "i_size is 5001: expected at most 5000 for content in the image"
 
 
+def negative_size(p: Patient) -> str:
+    file = p.find(lambda i: is_regular(i) and p.layout(i) == 4 and p.is_extended(i))
+    p.put_size(file, 1 << 63)
+    return f"inode {file.nid}: i_size is {1 << 63}: expected at most {(1 << 63) - 1} for a file"
+
+
 def small_directory(p: Patient) -> str:
     directory = p.tail_directory()
     p.put_size(directory, 26)

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from cfs.digest import Algorithm
+from cfs.directory import ScanOptions, scan
 from cfs.errors import IntegrityError, InvalidRequestError
 from cfs.fsverity import compute_digest
 from cfs.linux.files import reopen_readonly
 from cfs.objectdir import ObjectDirectory
-from cfs.scan import ScanOptions, scan
 from cfs.tree import Directory, Link, Regular, Special, Symlink, walk
 
 # the module, which the function of that name hides in the package
-scan_module = importlib.import_module("cfs.scan")
+scan_module = importlib.import_module("cfs.directory")
 
 
 @pytest.fixture(autouse=True)

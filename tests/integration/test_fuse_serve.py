@@ -1,0 +1,143 @@
+"""``cfsctl fuse-serve`` as a user starts it, on real mounts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cfs
+from cfs.objectdir import ObjectDirectory
+from tests.paths import CHECKOUT
+
+pytestmark = pytest.mark.usefixtures("fuse")
+
+CFSCTL = [sys.executable, "-m", "cfs.cli.main"]
+BIG = os.urandom(70_000)
+DEADLINE = 60
+
+
+@pytest.fixture
+def image(tmp_path: Path, objects: Path) -> Path:
+    """An image of a small tree, its objects below ``objects``."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "big").write_bytes(BIG)
+    (source / "small").write_text("text")
+    with ObjectDirectory.open(objects) as store:
+        tree = cfs.scan(source, options=cfs.ScanOptions(objects=store))
+    path = tmp_path / "image.cfs"
+    path.write_bytes(cfs.write_image(tree))
+    return path
+
+
+@pytest.fixture
+def command(image: Path, objects: Path, mnt: Path) -> Iterator[list[str]]:
+    """The command line without options; afterwards nothing is mounted."""
+    yield [*CFSCTL, "--no-repo", "fuse-serve", "--basedir", str(objects), str(image), str(mnt)]
+    unmount(mnt)
+
+
+def unmount(mnt: Path) -> None:
+    if os.path.ismount(mnt):
+        tool = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+        subprocess.run([*tool, str(mnt)], check=True)
+
+
+def serve_in_foreground(command: list[str], tmp_path: Path) -> "subprocess.Popen[bytes]":
+    """Start the command and return when it has told systemd that it serves."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(DEADLINE)
+        environment = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"))
+        server = subprocess.Popen(command, env=environment, cwd=CHECKOUT, stderr=subprocess.PIPE)
+        assert notified.recv(100) == b"READY=1"
+    return server
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_foreground_serves_until_a_signal(
+    command: list[str], mnt: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with serve_in_foreground(command, tmp_path) as server:
+        assert (mnt / "big").read_bytes() == BIG
+        server.send_signal(number)
+        assert server.wait(DEADLINE) == 0
+        assert not os.path.ismount(mnt)
+
+
+def test_outside_unmount_ends_the_server_with_0(
+    command: list[str], mnt: Path, tmp_path: Path
+) -> None:
+    with serve_in_foreground(command, tmp_path) as server:
+        assert (mnt / "small").read_text() == "text"
+        unmount(mnt)
+        assert server.wait(DEADLINE) == 0
+
+
+def test_background_returns_when_it_serves(command: list[str], image: Path, mnt: Path) -> None:
+    # both pipes end although the server lives on
+    done = subprocess.run(
+        [*command, "--background"], cwd=CHECKOUT, capture_output=True, check=True, timeout=DEADLINE
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
+    assert (mnt / "big").read_bytes() == BIG
+    found = subprocess.run(["findmnt", "-J", str(mnt)], capture_output=True, check=True)
+    (mount,) = json.loads(found.stdout)["filesystems"]
+    assert mount["fstype"] == "fuse.composefs"
+    assert mount["source"] == f"composefs:{image}"
+    assert {"ro", "default_permissions"} <= set(mount["options"].split(","))
+    assert "allow_other" not in mount["options"]
+
+
+def test_allow_other_only_when_asked(command: list[str], mnt: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: user_allow_other may not be set in fuse.conf")
+    subprocess.run(
+        [*command, "--background", "-o", "allow-other"], cwd=CHECKOUT, check=True, timeout=DEADLINE
+    )
+    found = subprocess.run(
+        ["findmnt", "-no", "OPTIONS", str(mnt)], capture_output=True, check=True, text=True
+    )
+    assert "allow_other" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (["-o", "workers=x"], 2, "workers"),
+        (["-o", "nonsense"], 2, "nonsense"),
+        (["-o", "passthrough"], 1, "passthrough"),
+        (["-o", "mode=overlay"], 1, "overlay"),
+        (["-o", "verify=require"], 1, "verify"),
+        (["--basedir", "/nonexistent"], 1, "/nonexistent"),
+    ],
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_what_cannot_be_done_is_one_clear_error(
+    command: list[str], mnt: Path, words: list[str], status: int, text: str, *, background: bool
+) -> None:
+    options = [*words, "--background"] if background else words
+    done = subprocess.run(
+        [*command, *options], cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == status
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not os.path.ismount(mnt)
+
+
+def test_missing_mount_point_and_image(image: Path, tmp_path: Path) -> None:
+    for arguments in ([image, tmp_path / "nowhere"], [tmp_path / "nothing", tmp_path]):
+        done = subprocess.run(
+            [*CFSCTL, "--no-repo", "fuse-serve", *map(str, arguments)],
+            cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=DEADLINE,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: ")
+        assert done.stderr.count("\n") == 1
