@@ -418,8 +418,8 @@ DAMAGES = {
     f.__name__: f
     for f in (
         root_is_no_directory, format_bits, compressed, file_type, chunked_link, empty_link,
-        long_link, nul_in_link, long_content, negative_size, small_directory, huge_directory, sized_device,
-        linked_whiteout, blocks_outside, shared_blocks, cut, overlapping_inodes,
+        long_link, nul_in_link, long_content, negative_size, small_directory, huge_directory,
+        sized_device, linked_whiteout, blocks_outside, shared_blocks, cut, overlapping_inodes,
         shared_count, inline_past_end, prefix, long_prefix, nul_in_xattr, no_xattr_name,
         xattr_twice, reference, nul_in_redirect, first_nameoff, no_entries, nameoff, long_name,
         slash, nul_in_name, descending, entry_nid, entry_type, dot, dotdot, no_dotdot,
