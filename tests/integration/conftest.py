@@ -1,7 +1,7 @@
 """Abilities of the machine as fixtures, and a watch over mounts and descriptors.
 
 A test that needs an ability which is missing is skipped with the reason.  The environment
-variable ``CFS_ABILITIES`` ("root fuse overlay") names those that must be there: then it fails.
+variable ``CFS_ABILITIES`` ("root fuse overlay private_mounts") names those that must be there: then it fails.
 """
 
 import os
@@ -40,9 +40,18 @@ def fuse() -> None:
     except OSError as error:
         _lack("fuse", f"/dev/fuse: {error.strerror}")
     if os.geteuid() == 0:
-        done = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+        namespace = ["unshare", "-m", "--propagation", "unchanged", "true"]
+        done = subprocess.run(namespace, capture_output=True, check=False)
         if done.returncode:
             _lack("fuse", f"may not mount: {done.stderr.decode().strip()}")
+
+
+@pytest.fixture(scope="session")
+def private_mounts() -> None:
+    """Mount namespaces from which no mount gets out; a plain chroot cannot make them."""
+    done = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    if done.returncode:
+        _lack("private_mounts", f"no private mount namespace: {done.stderr.decode().strip()}")
 
 
 @pytest.fixture(scope="session")

@@ -511,7 +511,7 @@ def open_directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.mark.usefixtures("root")
+@pytest.mark.usefixtures("root", "private_mounts")
 def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> None:
     """In a private mount namespace, whatever the machine's own permissions are.
 
