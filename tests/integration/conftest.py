@@ -1,7 +1,8 @@
 """Abilities of the machine as fixtures, and a watch over mounts and descriptors.
 
 A test that needs an ability which is missing is skipped with the reason.  The environment
-variable ``CFS_ABILITIES`` ("root fuse overlay private_mounts") names those that must be there: then it fails.
+variable ``CFS_ABILITIES`` ("root fuse overlay private_mounts") names those that must be there:
+then it fails.
 """
 
 import os
