@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     arguments = parser.parse_args()
     dump = arguments.dumpfile.read_bytes() if arguments.dumpfile else generate()
-    gc.disable()  # as the command does
+    gc.disable()  # as mkcomposefs does
     rounds = [time_ours(dump) for _ in range(arguments.rounds)]
     rows = {
         "parse the dumpfile": min(each[0] for each in rounds),
