@@ -21,6 +21,7 @@ from typing import Any
 import pyfuse3
 import pytest
 
+from cfs.erofs.writer import write_image
 from cfs.errors import MountError
 from cfs.fuse import Mount, serve, start
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink
@@ -408,7 +409,7 @@ def run_script(
 ) -> "subprocess.Popen[str]":
     """Run lines of Python that have ``make_vector``, ``cfs.fuse`` and ``mnt`` at hand."""
     head = """
-        import os, sys
+        import os, subprocess, sys
         sys.path.insert(0, sys.argv[1])
         from pathlib import Path
         import cfs.fuse
@@ -532,10 +533,22 @@ def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> N
         with cfs.fuse.serve(vector, mnt, [], name="x"):
             pass
         assert not os.path.ismount(mnt)
+        words = ["--no-repo", "fuse-serve", "--background", "image.cfs", mnt]
+        cli = [sys.executable, "-m", "cfs.cli.main", *words]
+        paths = os.pathsep.join((sys.argv[1], os.environ["PYTHONPATH"]))
+        subprocess.run(cli, check=True, env=dict(os.environ, PYTHONPATH=paths))
+        assert Path(mnt, "own").read_bytes() == b"mine"
+        subprocess.run(["fusermount3", "-u", mnt], check=True)
+        assert not os.path.ismount(mnt)
     """
     mnt = open_directory / "mnt"
     mnt.mkdir()
-    os.chown(mnt, 65534, 65534)
+    own = Regular(mode=0o100600, uid=65534, gid=65534, size=4, content=b"mine")
+    image = open_directory / "image.cfs"
+    image.write_bytes(write_image(Directory(mode=0o040755, children={b"own": own})))
+    for path in (mnt, image):
+        os.chown(path, 65534, 65534)
+    image.chmod(0o400)
     places = {
         "python": sys.base_prefix,
         "packages": str(Path(pyfuse3.__file__).parent.parent),
