@@ -33,6 +33,9 @@ def prepare_mountpoint(path: str) -> str:
     Raises:
         MountError: it is no directory that we can use.
     """
+    if not path:  # realpath would make the working directory of it
+        msg = "mount point is empty: expected a directory"
+        raise MountError(msg, errno.ENOENT)
     resolved = os.path.realpath(path)
     for _ in range(_MAX_STALE):
         try:

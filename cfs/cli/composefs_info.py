@@ -33,6 +33,10 @@ def main() -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the tool and return its status."""
+    return run_reporting("composefs-info", lambda: _parse_and_print(arguments))
+
+
+def _parse_and_print(arguments: Sequence[str]) -> int:
     try:
         options, words = getopt.gnu_getopt(list(arguments), "", ["basedir=", "filter=", "help"])
     except getopt.GetoptError as error:
@@ -44,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     if len(words) < 2:  # noqa: PLR2004 - COMMAND and IMAGE
         missing = "image path" if words else "command"
         return _fail_usage(f"No {missing} specified")
-    return run_reporting("composefs-info", lambda: _print(words, options))
+    return _print(words, options)
 
 
 def _fail_usage(message: str) -> int:

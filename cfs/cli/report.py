@@ -9,6 +9,7 @@ from cfs.errors import CfsError
 __all__ = ["describe", "fail", "run_reporting"]
 
 _INTERRUPT_STATUS = 130
+_STREAMS = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDWR, "w"))
 
 
 def run_reporting(prefix: str, action: Callable[[], int]) -> int:
@@ -16,6 +17,7 @@ def run_reporting(prefix: str, action: Callable[[], int]) -> int:
 
     If the reader of stdout has gone, nothing is printed.
     """
+    _replace_closed_streams()
     try:
         status = action()
         sys.stdout.flush()
@@ -55,3 +57,17 @@ def _discard_stdout() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
+
+
+def _replace_closed_streams() -> None:
+    """Take the numbers of closed standard streams, so that no other file gets them.
+
+    Reading stdin and writing stdout then fail with EBADF; what goes to stderr vanishes.
+    """
+    for fd, (name, flags, mode) in enumerate(_STREAMS):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, flags)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8", closefd=False))

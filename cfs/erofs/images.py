@@ -37,13 +37,16 @@ def open_image(path: str | bytes | os.PathLike[str], *, view: View = View.MOUNT)
         OSError: the file cannot be read.
     """
     with Path(os.fsdecode(path)).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size or MAX_IMAGE_SIZE  # devices do not say
+        data = b""
+        if size <= MAX_IMAGE_SIZE:
+            data = file.read(size + 1)
+            size = len(data)
         if size > MAX_IMAGE_SIZE:
             msg = f"{os.fsdecode(path)}: size is {size}: expected at most {MAX_IMAGE_SIZE}"
             raise FormatError(msg)
-        data = np.frombuffer(file.read(), np.uint8)
     try:
-        vector = read_image(data)
+        vector = read_image(np.frombuffer(data, np.uint8))
     except FormatError as error:
         msg = f"{os.fsdecode(path)}: {error}"
         raise FormatError(msg) from error

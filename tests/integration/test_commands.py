@@ -433,3 +433,30 @@ def test_the_id_is_the_digest_of_the_image(version: str, name: str, tmp_path: Pa
         options = [f"--min-version={version}", f"--max-version={version}", "--hardlinks"]
         words = ["--print-digest-only", *options, "tree"]
         assert run("mkcomposefs", *words, cwd=tmp_path).stdout == done.stdout
+
+
+@pytest.mark.parametrize("closing", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("words", ["info dump image", "info --help", "make --digest"])
+def test_stdout_that_takes_nothing_is_one_line(closing: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "dump").write_bytes(b"/ 0 40755 1 0 0 0 0.0 - - -\n")
+    run_shell("$make --from-file dump image", tmp_path)
+    words = words.replace("--digest", "--print-digest-only --from-file dump")
+    done = run_shell(f"${words} {closing}", tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"(composefs-info|mkcomposefs): [A-Z][^\n]*\n", done.stderr)
+
+
+def test_closed_stdin_is_one_line_and_closed_stderr_not_stdout(tmp_path: Path) -> None:
+    done = run_shell("$make --from-file - image <&-", tmp_path)
+    assert (done.returncode, done.stderr) == (1, b"mkcomposefs: Bad file descriptor\n")
+    done = run_shell("$info ls missing 2>&-", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def run_shell(command: str, cwd: Path) -> "subprocess.CompletedProcess[bytes]":
+    python = f"{sys.executable} -m cfs.cli."
+    env = dict(os.environ, PYTHONPATH=str(CHECKOUT))
+    env |= {"make": f"{python}mkcomposefs", "info": f"{python}composefs_info"}
+    return subprocess.run(
+        ["/bin/sh", "-c", command], cwd=cwd, env=env, capture_output=True, check=False
+    )

@@ -348,6 +348,11 @@ def test_exception_in_the_block_leaves_nothing(mnt: Path, objects: Path) -> None
         os.kill(mount.pid, 0)
 
 
+def test_empty_mount_point_is_not_the_working_directory() -> None:
+    with pytest.raises(MountError, match="mount point is empty"):
+        prepare_mountpoint("")
+
+
 def test_bad_mount_points_are_named(tmp_path: Path, objects: Path) -> None:
     (tmp_path / "file").touch()
     vector = make_vector(directory({}))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cfs.erofs import read_image
+from cfs.erofs import open_image, read_image
 from cfs.errors import FormatError
 from tests.unit.erofs.images import load_zst
 from tests.unit.reference.slow_reader import SlowInode, SlowReader
@@ -437,3 +437,9 @@ def test_refused_image(kinds: bytes, name: str) -> None:
     message = DAMAGES[name](patient)
     with pytest.raises(FormatError, match=re.escape(message)):
         read(patient.image)
+
+
+def test_a_device_without_end_is_read_to_the_limit_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfs.erofs.images.MAX_IMAGE_SIZE", 8192)
+    with pytest.raises(FormatError, match=r"/dev/zero: size is 8193: expected at most 8192"):
+        open_image("/dev/zero")
