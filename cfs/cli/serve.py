@@ -10,6 +10,8 @@ from cfs.errors import InvalidRequestError, UnsupportedError
 
 __all__ = ["fuse_serve"]
 
+_GRACE_SECONDS_MAX = 86_400
+
 
 def _parse_option(
     ctx: click.Context, param: click.Parameter, words: tuple[str, ...]
@@ -18,6 +20,13 @@ def _parse_option(
         return parse_items(words)
     except InvalidRequestError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _parse_grace(ctx: click.Context, param: click.Parameter, seconds: float) -> float:
+    if not 0 <= seconds <= _GRACE_SECONDS_MAX:  # nan is neither
+        msg = f"{seconds} is not a number of seconds from 0 to {_GRACE_SECONDS_MAX}"
+        raise click.BadParameter(msg, ctx, param)
+    return seconds
 
 
 @click.command(cls=StrictCommand)
@@ -33,7 +42,7 @@ def _parse_option(
 @click.option("--workdir", metavar="DIR", help="Work directory of an overlay.")
 @click.option("--read-write", is_flag=True, help="Make the overlay writable.")
 @click.option(
-    "--grace", metavar="SECONDS", type=click.FloatRange(min=0), default=1.0, show_default=True,
+    "--grace", metavar="SECONDS", type=float, default=1.0, show_default=True, callback=_parse_grace,
     help="Time for those who use the mount when the server is told to end.",
 )  # fmt: skip
 @click.argument("image")

@@ -24,6 +24,7 @@ import pytest
 from cfs.erofs.writer import write_image
 from cfs.errors import MountError
 from cfs.fuse import Mount, serve, start
+from cfs.mount import prepare_mountpoint
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink
 from tests.integration.vectors import make_vector
 from tests.paths import CHECKOUT

@@ -112,6 +112,8 @@ def test_allow_other_only_when_asked(command: list[str], mnt: Path) -> None:
     [
         (["-o", "workers=x"], 2, "workers"),
         (["-o", "nonsense"], 2, "nonsense"),
+        (["--grace", "nan"], 2, "nan"),
+        (["--grace", "-1"], 2, "-1"),
         (["-o", "passthrough"], 1, "passthrough"),
         (["-o", "mode=overlay"], 1, "overlay"),
         (["-o", "verify=require"], 1, "verify"),
