@@ -20,6 +20,7 @@ __all__ = [
     "Special",
     "Symlink",
     "count_links",
+    "inode_of",
     "walk",
 ]
 
@@ -97,6 +98,11 @@ class Link:
 Child = Inode | Link
 
 
+def inode_of(child: Child) -> Inode:
+    """Return the inode that a name leads to."""
+    return child.inode if isinstance(child, Link) else child
+
+
 def walk(root: Directory) -> Iterator[tuple[bytes, Child]]:
     """Yield path and child of every name, depth-first, children in name order.
 
@@ -119,7 +125,7 @@ def count_links(root: Directory) -> None:
     names: dict[int, int] = {}
     leaves: list[Inode] = []
     for _, child in walk(root):
-        inode = child.inode if isinstance(child, Link) else child
+        inode = inode_of(child)
         if not isinstance(inode, Directory):
             if id(inode) not in names:
                 leaves.append(inode)

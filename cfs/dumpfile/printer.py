@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cfs.dumpfile.escapes import escape, escape_field, escape_path, escape_xattr
-from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink, walk
+from cfs.tree import Directory, Inode, Regular, Special, Symlink, inode_of, walk
 
 if TYPE_CHECKING:
     from cfs.inodes import Ino, InodeVector
@@ -136,11 +136,11 @@ def format_tree(root: Directory) -> Iterator[bytes]:
     names: dict[int, int] = {}
     for _, child in walk(root):
         if not isinstance(child, Directory):
-            leaf = _leaf(child)
+            leaf = inode_of(child)
             names[id(leaf)] = names.get(id(leaf), 0) + 1
     first_names: dict[int, bytes] = {}
     for raw_path, child in walk(root):
-        inode, path = _leaf(child), escape(raw_path)
+        inode, path = inode_of(child), escape(raw_path)
         if isinstance(inode, Directory):
             subdirectories = sum(isinstance(entry, Directory) for entry in inode.children.values())
             yield _format_inode(path, inode, 2 + subdirectories)
@@ -150,10 +150,6 @@ def format_tree(root: Directory) -> Iterator[bytes]:
             yield _format_inode(path, inode, names[id(inode)])
         else:
             yield b"%s 0 @120000 - - - - 0.0 %s - -\n" % (path, first_name)
-
-
-def _leaf(child: Inode | Link) -> Inode:
-    return child.inode if isinstance(child, Link) else child
 
 
 def _format_inode(path: bytes, inode: Inode, nlink: int) -> bytes:

@@ -14,7 +14,7 @@ from cfs.erofs.format import (
     SLOT_SIZE,
     DataLayout,
 )
-from cfs.tree import Child, Directory, Inode, Link, Symlink
+from cfs.tree import Child, Directory, Inode, Link, Symlink, inode_of
 
 __all__ = [
     "Record",
@@ -123,7 +123,7 @@ def at_first_names(root: Directory) -> tuple[Replacements, dict[int, int]]:
         if isinstance(child, Directory):
             pending.append((child, sorted(child.children, reverse=True)))
             continue
-        leaf = child.inode if isinstance(child, Link) else child
+        leaf = inode_of(child)
         is_first = id(leaf) not in nr_names
         nr_names[id(leaf)] = nr_names.get(id(leaf), 0) + 1
         if is_first == isinstance(child, Link):
