@@ -2,4 +2,4 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["cfs/fsverity/_build.py:ffibuilder"])
+setup(cffi_modules=["cfs/fsverity/_build.py:ffibuilder", "cfs/fuse/_build.py:ffibuilder"])

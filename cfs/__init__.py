@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         NotFoundError,
         UnsupportedError,
     )
-    from cfs.fuse import Mount
+    from cfs.fuse import Mount, ServeOptions
     from cfs.inodes import InodeVector
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "MountError",
     "NotFoundError",
     "ScanOptions",
+    "ServeOptions",
     "UnsupportedError",
     "format_tree",
     "format_vector",
@@ -57,6 +58,7 @@ _MODULES = {
     "Digest": "cfs.digest",
     "InodeVector": "cfs.inodes",
     "ScanOptions": "cfs.directory",
+    "ServeOptions": "cfs.fuse.options",
     "format_tree": "cfs.dumpfile",
     "format_vector": "cfs.dumpfile",
     "open_image": "cfs.erofs",
@@ -81,7 +83,7 @@ def serve(
     basedirs: Sequence[str | os.PathLike[str]],
     *,
     name: str | None = None,
-    allow_other: bool = False,
+    options: "ServeOptions | None" = None,
 ) -> "AbstractContextManager[Mount]":
     """Serve an image over FUSE while the block runs.
 
@@ -90,7 +92,7 @@ def serve(
         mountpoint: existing directory.
         basedirs: objects directories, searched in this order.
         name: shown as mount source ``composefs:NAME``; by default the path of the image.
-        allow_other: let other users in.
+        options: how to serve; by default plain FUSE with one worker for each CPU.
 
     Raises:
         FormatError: the image breaks its format.
@@ -105,4 +107,5 @@ def serve(
     else:
         vector = erofs.open_image(image)
         name = name or os.fspath(image)
-    return fuse.serve(vector, mountpoint, basedirs, name=name or "", allow_other=allow_other)
+    options = options or fuse.ServeOptions()
+    return fuse.serve(vector, mountpoint, basedirs, name=name or "", options=options)

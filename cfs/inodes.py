@@ -9,24 +9,34 @@ the border.
 
 A vector is built and checked once, by whoever makes it; its arrays are read-only and may be
 shared between threads without locks.
+
+Whoever makes a vector uses numpy.  Reading one needs no more than columns that can be indexed:
+a session attaches with memoryviews and never imports numpy.
 """
 
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import NewType
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NewType, cast
 
 from cfs.digest import Digest
 from cfs.errors import NotFoundError
 
-__all__ = ["NO_OBJECT", "ROOT", "Ino", "InodeVector"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["NO_OBJECT", "ROOT", "Ino", "InodeVector", "view"]
 
 Ino = NewType("Ino", int)
 ROOT = Ino(1)
 NO_OBJECT = 0xFFFFFFFF
+_DIGEST_SIZE = 64  # bytes of a row of object_digest
+
+
+def view(column: "NDArray[Any]") -> memoryview:
+    """Return a column as a memoryview, whose elements are Python integers."""
+    return memoryview(cast("Any", column))  # before 3.12 the type of a buffer has no name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,43 +73,43 @@ class InodeVector:
     no bytes, and reading it is EIO (spec erofs-image 10.3).
     """
 
-    mode: NDArray[np.uint32]
-    nlink: NDArray[np.uint32]
-    uid: NDArray[np.uint32]
-    gid: NDArray[np.uint32]
-    rdev: NDArray[np.uint32]
-    size: NDArray[np.uint64]
-    mtime_sec: NDArray[np.int64]
-    mtime_nsec: NDArray[np.uint32]
-    nid: NDArray[np.uint64]
-    parent: NDArray[np.uint32]
-    dirent_start: NDArray[np.uint64]
-    dirent_name_off: NDArray[np.uint64]
-    dirent_name_size: NDArray[np.uint32]
-    dirent_ino: NDArray[np.uint32]
-    xattr_start: NDArray[np.uint64]
-    xattr_name_off: NDArray[np.uint64]
-    xattr_name_size: NDArray[np.uint32]
-    xattr_value_off: NDArray[np.uint64]
-    xattr_value_size: NDArray[np.uint32]
-    inline_off: NDArray[np.uint64]
-    inline_size: NDArray[np.uint32]
-    object: NDArray[np.uint32]
-    object_path_off: NDArray[np.uint64]
-    object_path_size: NDArray[np.uint32]
-    object_digest: NDArray[np.uint8]
-    object_digest_size: NDArray[np.uint8]
-    pool: NDArray[np.uint8]
-    extra: NDArray[np.uint8]
+    mode: "NDArray[np.uint32]"
+    nlink: "NDArray[np.uint32]"
+    uid: "NDArray[np.uint32]"
+    gid: "NDArray[np.uint32]"
+    rdev: "NDArray[np.uint32]"
+    size: "NDArray[np.uint64]"
+    mtime_sec: "NDArray[np.int64]"
+    mtime_nsec: "NDArray[np.uint32]"
+    nid: "NDArray[np.uint64]"
+    parent: "NDArray[np.uint32]"
+    dirent_start: "NDArray[np.uint64]"
+    dirent_name_off: "NDArray[np.uint64]"
+    dirent_name_size: "NDArray[np.uint32]"
+    dirent_ino: "NDArray[np.uint32]"
+    xattr_start: "NDArray[np.uint64]"
+    xattr_name_off: "NDArray[np.uint64]"
+    xattr_name_size: "NDArray[np.uint32]"
+    xattr_value_off: "NDArray[np.uint64]"
+    xattr_value_size: "NDArray[np.uint32]"
+    inline_off: "NDArray[np.uint64]"
+    inline_size: "NDArray[np.uint32]"
+    object: "NDArray[np.uint32]"
+    object_path_off: "NDArray[np.uint64]"
+    object_path_size: "NDArray[np.uint32]"
+    object_digest: "NDArray[np.uint8]"
+    object_digest_size: "NDArray[np.uint8]"
+    pool: "NDArray[np.uint8]"
+    extra: "NDArray[np.uint8]"
     nr_blocks: int
     version: int
     has_acl: bool
 
     def __post_init__(self) -> None:
         for column in fields(self):
-            array = getattr(self, column.name)
-            if isinstance(array, np.ndarray):
-                array.flags.writeable = False
+            flags = getattr(getattr(self, column.name), "flags", None)
+            if flags is not None:
+                flags.writeable = False
 
     def __len__(self) -> int:
         """Number of rows, the unused row 0 included."""
@@ -109,8 +119,8 @@ class InodeVector:
         """Return ``size`` bytes at ``offset`` of the address space of pool and extra."""
         border = len(self.pool)
         if offset < border:
-            return bytes(self.pool.data[offset : offset + size])
-        return bytes(self.extra.data[offset - border : offset - border + size])
+            return bytes(view(self.pool)[offset : offset + size])
+        return bytes(view(self.extra)[offset - border : offset - border + size])
 
     def dirent_name(self, dirent: int) -> bytes:
         """Return the name of a row of the dirent columns."""
@@ -197,4 +207,6 @@ class InodeVector:
         row = int(self.object[ino])
         if row == NO_OBJECT or not self.object_digest_size[row]:
             return None
-        return Digest(self.object_digest[row, : int(self.object_digest_size[row])].tobytes())
+        start = row * _DIGEST_SIZE
+        digests = view(self.object_digest).cast("B")
+        return Digest(bytes(digests[start : start + int(self.object_digest_size[row])]))

@@ -18,7 +18,7 @@ from cfs.linux.mounts import (
     mounted_at,
 )
 
-__all__ = ["FuseMount", "detach", "prepare_mountpoint"]
+__all__ = ["FuseMount", "detach", "is_dead", "prepare_mountpoint"]
 
 _SUBTYPE = "composefs"
 _SOURCE_MAX = 255  # bytes of a string that fsconfig takes
@@ -38,21 +38,29 @@ def prepare_mountpoint(path: str) -> str:
         raise MountError(msg, errno.ENOENT)
     resolved = os.path.realpath(path)
     for _ in range(_MAX_STALE):
-        try:
-            status = os.stat(resolved)
-            os.statvfs(resolved)  # a dead mount may still know its root, but never this
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:
-                msg = f"mount point {path}: {error.strerror}"
-                raise MountError(msg, error.errno or errno.EIO) from None
+        if is_dead(resolved):
             detach(resolved)
             continue
+        try:
+            status = os.stat(resolved)
+        except OSError as error:
+            msg = f"mount point {path}: {error.strerror}"
+            raise MountError(msg, error.errno or errno.EIO) from None
         if stat.S_ISDIR(status.st_mode):
             return resolved
         msg = f"mount point {path}: not a directory"
         raise MountError(msg, errno.ENOTDIR)
     msg = f"mount point {path}: more than {_MAX_STALE} dead mounts"
     raise MountError(msg, errno.ENOTCONN)
+
+
+def is_dead(path: str) -> bool:
+    """Whether a path is a FUSE mount whose server has gone."""
+    try:
+        os.statvfs(path)  # a dead mount may still know its root, but never this
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
 
 
 def detach(mountpoint: str, device: int | None = None) -> None:
@@ -79,7 +87,8 @@ def detach(mountpoint: str, device: int | None = None) -> None:
 class FuseMount:
     """A new FUSE file system, read-only, that nobody serves yet.
 
-    Either :meth:`attach` it or :meth:`discard` it, then :meth:`close`.
+    Hand its device to who serves it, :meth:`release_device`, then either :meth:`attach` it or
+    :meth:`discard` it, and :meth:`close`.
 
     Args:
         mountpoint: from :func:`prepare_mountpoint`.
@@ -114,8 +123,16 @@ class FuseMount:
             device_fd = _mount_in_place(mountpoint, source, allow_other=allow_other)
         self.device_fd = device_fd
 
+    def release_device(self) -> None:
+        """Close our descriptor of the device: with its server the file system then ends too."""
+        if self.device_fd >= 0:
+            os.close(self.device_fd)
+        self.device_fd = -1
+
     def attach(self) -> int:
         """Show the mount, which serves by now; return its device number.
+
+        Asks the file system nothing, so a server that died in the meantime hangs nobody.
 
         Raises:
             MountError: the mount point is gone or not ours.
@@ -123,10 +140,14 @@ class FuseMount:
         try:
             if self._mount_fd >= 0:
                 attach_mount(self._mount_fd, self._mountpoint)
-            return os.stat(self._mountpoint).st_dev
+            device = mounted_at(self._mountpoint)
         except OSError as error:
             msg = f"cannot mount on {self._mountpoint}: {error.strerror}"
             raise MountError(msg, error.errno or errno.EIO) from None
+        if device is None:
+            msg = f"cannot mount on {self._mountpoint}: it was unmounted at once"
+            raise MountError(msg)
+        return device
 
     def discard(self) -> None:
         """Take back a mount that was made in place."""
@@ -135,10 +156,10 @@ class FuseMount:
 
     def close(self) -> None:
         """Close our descriptors; a mount that was not attached is gone then."""
-        for fd in (self.device_fd, self._mount_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.device_fd = self._mount_fd = -1
+        self.release_device()
+        if self._mount_fd >= 0:
+            os.close(self._mount_fd)
+        self._mount_fd = -1
 
 
 def _source(name: str) -> bytes:

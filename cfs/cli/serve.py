@@ -1,25 +1,20 @@
 """``cfsctl fuse-serve``: serve an image file over FUSE (spec cli-and-varlink c.7)."""
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
-from cfs.cli.fuse_options import FuseOptions, check_supported, parse_items
+from cfs.cli.fuse_options import parse_items
 from cfs.cli.strict import StrictCommand, find_global_options
 from cfs.errors import InvalidRequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from cfs.fuse import Mount, ServeOptions
 
 __all__ = ["fuse_serve"]
 
 _GRACE_SECONDS_MAX = 86_400
-
-
-def _parse_option(
-    ctx: click.Context, param: click.Parameter, words: tuple[str, ...]
-) -> FuseOptions:
-    try:
-        return parse_items(words)
-    except InvalidRequestError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def _parse_grace(ctx: click.Context, param: click.Parameter, seconds: float) -> float:
@@ -31,8 +26,9 @@ def _parse_grace(ctx: click.Context, param: click.Parameter, seconds: float) -> 
 
 @click.command(cls=StrictCommand)
 @click.option(
-    "-o", "options", metavar="ITEMS", multiple=True, callback=_parse_option,
-    help="FUSE options, separated by commas: allow-other, mode=plain, workers=0, ...",
+    "-o", "items", metavar="ITEMS", multiple=True,
+    help="FUSE options, separated by commas: workers=N, passthrough[=on|off|auto], "
+    "mode=plain|overlay, verify=off|open|require, supervise=on|off, allow-other.",
 )  # fmt: skip
 @click.option(
     "--basedir", "basedirs", metavar="DIR", multiple=True, help="Directory of objects; repeatable."
@@ -45,6 +41,7 @@ def _parse_grace(ctx: click.Context, param: click.Parameter, seconds: float) -> 
     "--grace", metavar="SECONDS", type=float, default=1.0, show_default=True, callback=_parse_grace,
     help="Time for those who use the mount when the server is told to end.",
 )  # fmt: skip
+@click.option("--stats", "has_stats", is_flag=True, help="Print statistics to stderr at the end.")
 @click.argument("image")
 @click.argument("mountpoint")
 @click.pass_context
@@ -54,52 +51,66 @@ def fuse_serve(
     *,
     image: str,
     mountpoint: str,
-    options: FuseOptions,
+    items: tuple[str, ...],
     basedirs: tuple[str, ...],
     background: bool,
     upperdir: str | None,
     workdir: str | None,
     read_write: bool,
     grace: float,
+    has_stats: bool,
 ) -> None:
-    """Serve the file IMAGE at MOUNTPOINT until SIGINT, SIGTERM or umount."""
-    if (upperdir is None) != (workdir is None) or (read_write and upperdir is None):
-        msg = "--upperdir and --workdir need each other, --read-write needs both"
+    """Serve the file IMAGE at MOUNTPOINT until SIGINT, SIGTERM or umount.
+
+    SIGUSR1 prints statistics to stderr.
+    """
+    if has_stats and background:
+        msg = "--stats and --background cannot be combined: send SIGUSR1 to the server instead"
         raise click.UsageError(msg, ctx)
-    check_supported(options)
-    if upperdir is not None:
-        msg = "--upperdir is not supported yet"
-        raise UnsupportedError(msg)
+    try:
+        options = parse_items(items, upperdir=upperdir, workdir=workdir, read_write=read_write)
+    except InvalidRequestError as error:
+        raise click.UsageError(str(error), ctx) from None
     if find_global_options(ctx).has_repository and not basedirs:
         msg = "objects of a store come with the repository: give --basedir, or --no-repo for none"
         raise UnsupportedError(msg)
-    ctx.exit(_serve(image, mountpoint, options, basedirs, background=background, grace=grace))
+    mount = _start(image, mountpoint, options, basedirs, background=background, grace=grace)
+    if background:
+        mount.leave()
+        return
+    from cfs.fuse import serve_foreground
+
+    notify_socket = os.environ.get("NOTIFY_SOCKET")
+    status = serve_foreground(mount, grace=grace, notify_socket=notify_socket, report=_print)
+    if has_stats:
+        _print(mount)
+    ctx.exit(status)
 
 
-def _serve(
+def _start(
     image: str,
     mountpoint: str,
-    options: FuseOptions,
+    options: "ServeOptions",
     basedirs: tuple[str, ...],
     *,
     background: bool,
     grace: float,
-) -> int:
-    """Mount, then wait unless in the background; return the status."""
-    from cfs.erofs import open_image
-    from cfs.fuse import serve_foreground, start
+) -> "Mount":
+    """Mount; the server loads what it needs while we load numpy and read the image."""
+    from cfs.fuse import Launcher
 
-    mount = start(
-        open_image(image),
-        mountpoint,
-        basedirs,
-        name=image,
-        allow_other=options.allow_other,
-        background=background,
-        grace=grace,
-    )
-    notify_socket = os.environ.get("NOTIFY_SOCKET")
-    if not background:
-        return serve_foreground(mount, grace=grace, notify_socket=notify_socket)
-    mount.leave()
-    return 0
+    with Launcher(options, background=background) as launcher:
+        from cfs.erofs import open_image
+
+        return launcher.start(open_image(image), mountpoint, basedirs, name=image, grace=grace)
+
+
+def _print(mount: "Mount") -> None:
+    try:
+        statistics = mount.statistics()
+    except UnsupportedError as error:
+        click.echo(str(error), err=True)
+    else:
+        from cfs.fuse.statistics import format_statistics
+
+        click.echo(format_statistics(statistics), err=True)

@@ -5,8 +5,9 @@ before mounting (spec erofs-image 10, mount view).  Nothing ever changes, so eve
 cached for ever.
 
 All of it runs in the trio loop of a session process.  The only state is ``_objects``, owned by
-that loop.  Reads ask the page cache first (``RWF_NOWAIT``), which costs no thread; only what
-would wait for a disk goes to a thread, so that the loop keeps answering.
+that loop, and what :class:`ObjectFiles` remembers.  Reads ask the page cache first
+(``RWF_NOWAIT``), which costs no thread; only what would wait for a disk or for a digest goes to a
+thread, so that the loop keeps answering.
 """
 
 import errno
@@ -17,13 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
 import pyfuse3
 import trio
 
-from cfs.errors import CfsError, NotFoundError
-from cfs.inodes import Ino, InodeVector
-from cfs.linux.files import openat2
+from cfs.errors import NotFoundError
+from cfs.fuse.objects import ObjectFiles
+from cfs.fuse.options import Verify
+from cfs.fuse.unservable import ServeError, format_line
+from cfs.inodes import Ino, InodeVector, view
 
 if TYPE_CHECKING:
     from typing_extensions import override  # typing has it from 3.12 on
@@ -59,31 +61,40 @@ class VectorOperations(pyfuse3.Operations):
     Args:
         vector: what to serve.
         objects: descriptors of the objects directories, searched in this order; borrowed.
-        ready: set when the kernel's INIT is being answered.
+        ready: set when INIT is being answered.
+        verify: which digest of an object counts, checked when it is opened.
     """
 
     supports_dot_lookup = False
 
-    def __init__(self, vector: InodeVector, objects: Sequence[int], ready: trio.Event) -> None:
+    def __init__(
+        self,
+        vector: InodeVector,
+        objects: Sequence[int],
+        ready: trio.Event,
+        *,
+        verify: Verify = Verify.OFF,
+    ) -> None:
         super().__init__()
         self.enable_acl = vector.has_acl
         self._vector = vector
-        self._object_dirs = objects
+        self._files = ObjectFiles(vector, objects, verify)
+        self._may_wait = verify is not Verify.OFF
         self._ready = ready
         self._objects: dict[int, _OpenObject] = {}
         self._reported: set[int] = set()
         self._unsupported = _unsupported_xattrs(vector)
-        # memoryviews give Python integers, several times faster than numpy scalars
-        self._mode = vector.mode.data
-        self._nlink = vector.nlink.data
-        self._uid = vector.uid.data
-        self._gid = vector.gid.data
-        self._rdev = vector.rdev.data
-        self._size = vector.size.data
-        self._mtime_sec = vector.mtime_sec.data
-        self._mtime_nsec = vector.mtime_nsec.data
-        self._dirent_start = vector.dirent_start.data
-        self._dirent_ino = vector.dirent_ino.data
+        # memoryviews give Python integers, also of arrays of numpy
+        self._mode = view(vector.mode)
+        self._nlink = view(vector.nlink)
+        self._uid = view(vector.uid)
+        self._gid = view(vector.gid)
+        self._rdev = view(vector.rdev)
+        self._size = view(vector.size)
+        self._mtime_sec = view(vector.mtime_sec)
+        self._mtime_nsec = view(vector.mtime_nsec)
+        self._dirent_start = view(vector.dirent_start)
+        self._dirent_ino = view(vector.dirent_ino)
 
     @override
     def init(self) -> None:
@@ -165,41 +176,30 @@ class VectorOperations(pyfuse3.Operations):
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             raise pyfuse3.FUSEError(errno.EROFS)
         if self._vector.inline_size[inode] != self._size[inode]:
-            self._hold_object(inode)
+            await self._hold_object(Ino(inode))
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
-    def _hold_object(self, ino: int) -> None:
+    async def _hold_object(self, ino: Ino) -> None:
         """Open the object of a file, or count one more use of it."""
-        known = self._objects.get(ino)
-        if known is not None:
-            known.nr_opens += 1
-            return
-        try:
-            self._objects[ino] = _OpenObject(self._open_object(ino), 1)
-        except (OSError, CfsError) as error:
-            if ino not in self._reported:
-                self._reported.add(ino)
-                nid = int(self._vector.nid[ino])
-                _log.warning("nid %d: %s", nid, error)
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-
-    def _open_object(self, ino: int) -> int:
-        """Open the object below the first directory that has it, and check its size."""
-        path = self._vector.object_path(Ino(ino))
-        if path is None:
-            raise OSError(errno.EIO, "file has a size but no object")
-        for dir_fd in self._object_dirs:
+        if ino not in self._objects:
             try:
-                fd = openat2(dir_fd, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            status = os.fstat(fd)
-            if stat.S_ISREG(status.st_mode) and status.st_size == self._size[ino]:
-                return fd
-            os.close(fd)
-            reason = f"object has {status.st_size} bytes: expected {self._size[ino]}"
-            raise OSError(errno.EIO, reason, os.fsdecode(path))
-        raise FileNotFoundError(errno.ENOENT, "no such object", os.fsdecode(path))
+                if self._may_wait:  # a digest may have to be computed
+                    fd = await trio.to_thread.run_sync(self._files.open, ino)
+                else:
+                    fd = self._files.open(ino)
+            except ServeError as error:
+                self._log_once(ino, error)
+                raise pyfuse3.FUSEError(error.errno) from None
+            if ino in self._objects:  # somebody else was faster
+                os.close(fd)
+            else:
+                self._objects[ino] = _OpenObject(fd, 0)
+        self._objects[ino].nr_opens += 1
+
+    def _log_once(self, ino: int, error: ServeError) -> None:
+        if ino not in self._reported:
+            self._reported.add(ino)
+            _log.warning("%s", format_line(int(self._vector.nid[ino]), error))
 
     @override
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -215,6 +215,8 @@ class VectorOperations(pyfuse3.Operations):
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         if len(data) < size:  # the object was cut since it was opened
+            path = self._vector.object_path(Ino(fh)) or b""
+            self._log_once(fh, ServeError("SHORT", path, errno.EIO))
             raise pyfuse3.FUSEError(errno.EIO)
         return data
 
@@ -284,7 +286,7 @@ def _unsupported_xattrs(vector: InodeVector) -> frozenset[bytes]:
     After one EOPNOTSUPP they stop asking (spec fuse-data-plane 7).  With ACLs in the image the
     answer would leak into permission checks, so those names are then answered as any other.
     """
-    places = np.unique(np.stack([vector.xattr_name_off, vector.xattr_name_size], axis=1), axis=0)
-    names = {vector.read(int(off), int(size)) for off, size in places}
+    places = set(zip(view(vector.xattr_name_off), view(vector.xattr_name_size), strict=True))
+    names = {vector.read(off, size) for off, size in places}
     absent = {_SELINUX_NAME} - names
     return frozenset(absent if vector.has_acl else absent.union(_ACL_NAMES))

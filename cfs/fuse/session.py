@@ -1,80 +1,58 @@
-"""Main of a session process: ``python -m cfs.fuse.session SETTINGS``.
+"""Session process: serves one mount (pyfuse3 knows one session per process).
 
-One process serves one mount (pyfuse3 knows one session per process).  It is started with exec,
-by ``supervisor``, and gets descriptors only: the vector's memfd, the objects directories, the
-FUSE device, a socket to its starter.  SETTINGS is JSON with their numbers.  It opens no path;
-the mount point is named only to take the mount down at the end.
+It gets descriptors only, from ``handover``, and opens no path; the mount point is named only to
+take the mount down at the end.  Status 0: the mount has ended, or its starter has gone; 1: failed.
 
-Over the socket (``SOCK_SEQPACKET``) it says ``serving`` or ``failed: why``; its starter says
-``mounted DEVICE`` when the mount is visible, ``stay`` if it may outlive its starter, ``end`` to
-end at once, whoever uses the mount.
-Status 0: unmounted, told to end, or the starter has gone; 1: failed.
-
-One trio loop, one thread; only reads that wait for a disk, and unmounting, use others.
+With workers the threads of the data plane answer the kernel; pyfuse3, on a socket to them, gets
+what is left, and is imported when they serve already.  Without, pyfuse3 reads the device itself.
+Signals are blocked until the trio loop of :mod:`cfs.fuse.control` takes them, so in the threads
+of the data plane they stay blocked for ever.
 """
 
-import json
-import logging
+import importlib
+import importlib.util
+import os
 import resource
+import select
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING
 
-import pyfuse3
-import trio
+from cfs.errors import MountError, UnsupportedError
+from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover, receive
 
-from cfs.errors import MountError
-from cfs.fuse.operations import VectorOperations
-from cfs.fuse.shared import attach
-from cfs.inodes import InodeVector
-from cfs.mount import detach
+if TYPE_CHECKING:
+    from cfs.fuse.dataplane import DataPlane
 
 __all__ = ["main"]
 
-_log = logging.getLogger(__name__)
-_MESSAGE_SIZE = 256
+_RELAY_BUFFER_SIZE = 4 << 20  # a message has to fit; what root may have others get less of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    """What the starter gives: numbers of descriptors, and where the mount is."""
-
-    vector: int
-    device: int
-    objects: list[int]
-    status: int
-    mountpoint: str
-    grace: float
-
-
-@dataclass(slots=True)
-class _State:
-    """What the tasks of the loop share."""
-
-    ready: trio.Event
-    device: int | None = None
-    may_stay: bool = False
-
-
-def main() -> int:
+def main(channel_fd: int, *, has_workers: bool) -> int:
     """Serve until the mount ends; return the exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    settings = _Settings(**json.loads(sys.argv[1]))
-    status = socket.socket(fileno=settings.status)
-    try:
-        _raise_descriptor_limit()
-        vector = attach(settings.vector)
-        trio.run(_serve, settings, status, vector)
-    except Exception as error:  # noqa: BLE001 - the starter prints it
-        reason: BaseException = error
-        while isinstance(reason, BaseExceptionGroup):
-            reason = reason.exceptions[0]
-        _log.error("session: %s", reason)
-        with status:
-            status.send(f"failed: {reason}".encode(errors="replace")[:_MESSAGE_SIZE])
-        return 1
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    with socket.socket(fileno=channel_fd) as channel:
+        try:
+            _raise_descriptor_limit()
+            # what takes its time is loaded while the starter still reads the image
+            importlib.import_module("cfs.fuse.dataplane" if has_workers else "cfs.fuse.control")
+            handover = receive(channel)
+            if handover is None:
+                return 0
+            if has_workers:
+                _serve_with_workers(handover, channel)
+            else:
+                _control(handover, channel, handover.devices[0], None)
+        except Exception as error:  # noqa: BLE001 - whoever started us prints it
+            reason: BaseException = error
+            while isinstance(reason, BaseExceptionGroup):
+                reason = reason.exceptions[0]
+            text = f"{type(reason).__name__}: " if not str(reason) else ""
+            with suppress(OSError):
+                channel.send(f"failed: {text}{reason}".encode(errors="replace")[:MESSAGE_SIZE])
+            return 1
     return 0
 
 
@@ -84,57 +62,59 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(settings: _Settings, status: socket.socket, vector: InodeVector) -> None:
-    state = _State(trio.Event())
-    operations = VectorOperations(vector, settings.objects, state.ready)
-    # libfuse adopts an open descriptor; the mount options are the starter's
-    pyfuse3.init(operations, f"/dev/fd/{settings.device}", set())
-    try:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with trio.open_nursery() as nursery:
-                channel = trio.socket.from_stdlib_socket(status)
-                nursery.start_soon(_talk_to_starter, settings, state, channel)
-                nursery.start_soon(_end_on_signal, settings, state, signals)
-                await pyfuse3.main()
-                nursery.cancel_scope.cancel()
-    finally:
-        pyfuse3.close(unmount=False)
-
-
-async def _talk_to_starter(
-    settings: _Settings, state: _State, channel: trio.socket.SocketType
+def _control(
+    handover: Handover, channel: socket.socket, device_fd: int, plane: "DataPlane | None"
 ) -> None:
-    """Say when the mount serves; end it when the starter goes without a word."""
-    await state.ready.wait()
-    try:
-        await channel.send(b"serving")
-        while message := await channel.recv(_MESSAGE_SIZE):
-            if message.startswith(b"mounted "):
-                state.device = int(message.split()[1])
-            state.may_stay |= message == b"stay"
-            if message == b"end":
-                pyfuse3.terminate()
-    except OSError as error:
-        _log.debug("starter: %s", error)
-    if not state.may_stay:
-        await _end(settings, state)
+    from cfs.fuse.control import run  # noqa: PLC0415 - pyfuse3 and trio take 0.2 s
+
+    run(handover, channel, device_fd, plane)
 
 
-async def _end_on_signal(settings: _Settings, state: _State, signals: AsyncIterator[int]) -> None:
-    async for _ in signals:
-        await _end(settings, state)
+def _serve_with_workers(handover: Handover, channel: socket.socket) -> None:
+    from cfs.fuse.dataplane import DataPlane  # noqa: PLC0415 - workers=0 needs no extension
+
+    if importlib.util.find_spec("pyfuse3") is None:
+        msg = "pyfuse3 is not installed"
+        raise UnsupportedError(msg)
+    relay, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with relay, control:
+        for end in (relay, control):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _RELAY_BUFFER_SIZE)
+        plane = DataPlane(
+            table=handover.vector,
+            state=handover.state,
+            relay=relay.fileno(),
+            devices=handover.devices,
+            objects=handover.objects,
+            masked_flags=handover.masked_flags,
+            passthrough=handover.passthrough,
+            stack_depth=handover.stack_depth,
+            verify=handover.verify,
+            is_metadata_only=handover.is_metadata_only,
+        )
+        with closing(plane):
+            plane.start()
+            if _is_serving(plane, channel, handover):
+                with suppress(BrokenPipeError):
+                    channel.send(b"serving")
+                _control(handover, channel, os.dup(control.fileno()), plane)
 
 
-async def _end(settings: _Settings, state: _State) -> None:
-    """Take the mount down; after the grace period end, which aborts what still uses it."""
-    if state.device is not None:
-        try:
-            await trio.to_thread.run_sync(detach, settings.mountpoint, state.device)
-        except MountError as error:
-            _log.warning("session: %s", error)
-        await trio.sleep(settings.grace)  # cancelled when the last user has gone
-    pyfuse3.terminate()
+def _is_serving(plane: "DataPlane", channel: socket.socket, handover: Handover) -> bool:
+    """Wait until the data plane serves; False if the mount has ended, or nobody waits for it."""
+    from cfs.fuse.dataplane import Event  # noqa: PLC0415 - see above
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    poll = select.poll()
+    poll.register(plane.event_fd, select.POLLIN)
+    poll.register(channel, 0)  # the end of the starter is told unasked
+    while True:
+        ready = dict(poll.poll())
+        if channel.fileno() in ready:
+            if handover.device is None:
+                return False
+            poll.unregister(channel)
+        events = plane.events()
+        if events & Event.FAILED:
+            raise MountError(plane.failure())
+        if events & (Event.SERVING | Event.ENDED):
+            return not events & Event.ENDED

@@ -5,6 +5,8 @@ table with byte offset and byte size of each column, then the columns in the ord
 ``COLUMNS``, each at a multiple of 64; pool and extra come last.  The memfd is sealed against
 every change before anyone else sees it, so what was checked is what is served: whatever
 happens to the image file later changes nothing.  No shared state.
+
+Publishing uses numpy, attaching does not: sessions must start fast.
 """
 
 import fcntl
@@ -12,9 +14,7 @@ import math
 import mmap
 import os
 import struct
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from cfs.errors import FormatError
 from cfs.inodes import InodeVector
@@ -39,7 +39,7 @@ _MAGIC = b"cfsinode"
 _HEADER = struct.Struct("<8sIIQQ")
 _RANGE = struct.Struct("<QQ")
 _ALIGNMENT = 64
-_DIGEST_SIZE = 64
+_FORMATS: dict[str, Literal["I", "Q", "q", "B"]] = {"<u4": "I", "<u8": "Q", "<i8": "q", "u1": "B"}
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -53,6 +53,8 @@ def publish(vector: InodeVector) -> int:
     Raises:
         OSError: there is not enough memory.
     """
+    import numpy as np  # noqa: PLC0415 - not in sessions
+
     arrays = [np.ascontiguousarray(getattr(vector, name), dtype) for name, dtype in COLUMNS]
     off = _aligned(_HEADER.size + len(COLUMNS) * _RANGE.size)
     head = bytearray(
@@ -84,7 +86,9 @@ def _write_at(fd: int, data: memoryview, off: int) -> None:
 
 
 def attach(fd: int) -> InodeVector:
-    """Map a published vector; the arrays point into the mapping, ``fd`` stays the caller's.
+    """Map a published vector; ``fd`` stays the caller's.
+
+    The columns are memoryviews of the mapping, ``object_digest`` with one dimension.
 
     Raises:
         FormatError: ``fd`` is not a sealed memfd made by :func:`publish`.
@@ -99,9 +103,8 @@ def attach(fd: int) -> InodeVector:
         msg = f"inode vector: magic {magic!r} with {nr_columns} columns: expected {_MAGIC!r}"
         raise FormatError(msg)
     columns: dict[str, Any] = {}
+    whole = memoryview(image)
     for index, (name, dtype) in enumerate(COLUMNS):
         start, size = _RANGE.unpack_from(image, _HEADER.size + index * _RANGE.size)
-        kind = np.dtype(dtype)
-        columns[name] = np.frombuffer(image, kind, size // kind.itemsize, start)
-    columns["object_digest"] = columns["object_digest"].reshape(-1, _DIGEST_SIZE)
+        columns[name] = whole[start : start + size].cast(_FORMATS[dtype])
     return InodeVector(**columns, version=version, has_acl=bool(has_acl), nr_blocks=nr_blocks)

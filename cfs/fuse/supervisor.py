@@ -1,258 +1,255 @@
-"""Start a session process, wait until it serves, stop it.
+"""Supervisor process: keeps a mount while sessions come and go (spec fuse-data-plane 8).
 
-Runs in the command or the service; imports neither pyfuse3 nor trio.  A ``Mount`` belongs to
-the thread that started it.  The session takes its mount down when its starter goes, however
-that ends, unless :meth:`Mount.leave` was called.
+It holds the descriptors of everything (vector, state, device and clones, objects directories)
+and reads none of them.  When a session dies, it starts another on the same descriptors, which
+asks the kernel to send the unanswered requests again.  It gives up, and takes the mount down with
+one clear line, if that does not help, if the kernel cannot resend, or without workers: then
+nothing survives a session.
+
+If the supervisor itself is killed, the session serves on until the mount ends.  Status as of a
+session.  One thread with one poll; unmounting uses another one, since fusermount3 may need the
+mount to answer.
 """
 
-import json
+import importlib
 import os
 import select
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from pathlib import Path
+import threading
+import time
+from contextlib import ExitStack, suppress
 
-from cfs.errors import MountError
-from cfs.fuse.shared import publish
-from cfs.inodes import InodeVector
-from cfs.linux.fusedev import abort_connection
-from cfs.mount import FuseMount, detach, prepare_mountpoint
+from cfs.errors import CfsError
+from cfs.fuse.deaths import Deaths, describe_status
+from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover, channel_pair, receive, send
+from cfs.fuse.program import spawn
 
-__all__ = ["Mount", "serve", "serve_foreground", "start"]
+__all__ = ["main"]
 
-StrPath = str | os.PathLike[str]
-_START_SECONDS = 60
-_GRACE_SECONDS = 1.0
-_MESSAGE_SIZE = 256
+_HAS_RESEND = 1 << 39  # INIT flag
+_STDERR = 2
 
 
-class Mount:
-    """A mount that serves, and its session process.
+def main(channel_fd: int, *, has_workers: bool) -> int:
+    """Keep a mount until it ends; return the exit status."""
+    with socket.socket(fileno=channel_fd) as starter, ExitStack() as stack:
+        signals = _signal_pipe(stack)
+        session = _Session(has_workers=has_workers)  # it loads its modules while we wait
+        importlib.import_module("cfs.mount")  # and ours only now, to let it start soon
+        handover = receive(starter)
+        if handover is None:
+            session.end()
+            return 0
+        return _Supervisor(handover, starter, session).run(signals)
 
-    Attributes:
-        mountpoint: without symlinks.
-        device: device number, ``st_dev`` of everything in it.
-        pid: of the session process, a child of this one.
-    """
 
-    def __init__(
-        self,
-        mountpoint: str,
-        device: int,
-        process: "subprocess.Popen[bytes]",
-        channel: socket.socket,
-    ) -> None:
-        self.mountpoint = mountpoint
-        self.device = device
-        self.pid = process.pid
-        self._process = process
-        self._channel = channel
+def _signal_pipe(stack: ExitStack) -> socket.socket:
+    """Make signals readable, each as one byte."""
+    reader, writer = socket.socketpair()
+    stack.enter_context(reader)
+    stack.enter_context(writer)
+    writer.settimeout(0)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    return reader
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait until the session has ended; return its status, 0 after any unmount.
 
-        Raises:
-            TimeoutError: it still serves after ``timeout`` seconds.
-        """
-        try:
-            status = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            msg = f"{self.mountpoint} still serves after {timeout} s"
-            raise TimeoutError(msg) from None
-        self._channel.close()
+def _print(text: str) -> None:
+    with suppress(OSError):  # whoever read it has gone
+        os.write(_STDERR, f"{text}\n".encode(errors="surrogateescape"))
+
+
+class _Session:
+    """A session process and our end of its channel."""
+
+    def __init__(self, *, has_workers: bool) -> None:
+        self.channel, theirs = channel_pair()
+        with theirs:
+            self._process = spawn("session", theirs, has_workers=has_workers)
+        self.pidfd = os.pidfd_open(self._process.pid)
+        self.is_talking = True
+
+    def end(self) -> None:
+        """End it at once, whatever it does."""
+        self._process.kill()
+        self.reap()
+
+    def reap(self) -> int:
+        """Wait until it has ended and return its status."""
+        status = self._process.wait()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.channel.close()
+        self.pidfd = -1
         return status
 
-    def unmount(self, grace: float = _GRACE_SECONDS) -> None:
-        """Take the mount out of the tree at once, and end the session.
 
-        Idempotent; does nothing more when the mount was unmounted from outside.
+class _Supervisor:
+    """The loop; it ends when ``_status`` is set, or at ``_deadline`` when told to end."""
 
-        Args:
-            grace: seconds that those who still use it have; then they get errors.
+    def __init__(self, handover: Handover, starter: socket.socket, session: _Session) -> None:
+        self._handover = handover
+        self._starter: socket.socket | None = starter
+        self._session = session
+        self._deaths = Deaths()
+        self._may_stay = self._is_serving = self._is_told_to_end = False
+        self._detaching: threading.Thread | None = None
+        self._deadline: float | None = None
+        self._status: int | None = None
 
-        Raises:
-            MountError: it cannot be unmounted.
-        """
-        if self._process.poll() is None:
-            detach(self.mountpoint, self.device)
+    def run(self, signals: socket.socket) -> int:
+        """Keep the mount until it ends; return the exit status."""
+        self._brief()
+        while self._status is None:
+            self._handle(self._wait(signals), signals)
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._status = 0
+        self._session.end()
+        # without descriptors the connection is aborted, so nobody hangs and nothing blocks us
+        for fd in self._handover.devices:
+            os.close(fd)
+        if self._detaching is not None:
+            self._detaching.join()
+        self._detach()
+        return self._status
+
+    def _wait(self, signals: socket.socket) -> set[int]:
+        """Return the descriptors that have something to tell."""
+        session = self._session
+        poll = select.poll()
+        for fd in (signals.fileno(), session.pidfd):
+            poll.register(fd, select.POLLIN)
+        if session.is_talking:
+            poll.register(session.channel, select.POLLIN)
+        if self._starter is not None:
+            poll.register(self._starter, select.POLLIN)
+        timeout = None
+        if self._deadline is not None:
+            timeout = max(0.0, self._deadline - time.monotonic()) * 1000
+        return {fd for fd, _ in poll.poll(timeout)}
+
+    def _handle(self, ready: set[int], signals: socket.socket) -> None:
+        """Handle what came; what the session says comes before its death."""
+        session = self._session
+        if session.channel.fileno() in ready:
+            self._hear_session()
+        if session.pidfd in ready:
+            self._bury()
+        if self._starter is not None and self._starter.fileno() in ready:
+            self._hear_starter(self._starter)
+        if signals.fileno() in ready:
+            self._obey(signals.recv(MESSAGE_SIZE))
+
+    def _brief(self) -> None:
+        """Tell the session what it serves."""
+        with suppress(OSError):  # dead already: its pidfd tells
+            send(self._session.channel, self._handover._replace(is_supervised=True))
+
+    def _hear_session(self) -> None:
         try:
-            self.wait(grace)
-        except TimeoutError:
-            self._abort()
+            message = self._session.channel.recv(MESSAGE_SIZE)
+        except ConnectionResetError:
+            message = b""
+        self._session.is_talking = bool(message)
+        if message == b"serving":
+            if not self._is_serving:
+                self._tell(message)
+            self._is_serving = True
+        elif message.startswith(b"failed: "):
+            if self._is_serving:
+                _print(f"session: {message.decode(errors='replace').removeprefix('failed: ')}")
+            else:
+                self._tell(message)
+                self._status = 1
 
-    def _abort(self) -> None:
-        """End the connection: by the session if it still listens, else by the kernel."""
-        with suppress(OSError):
-            self._channel.send(b"end")
+    def _tell(self, message: bytes) -> None:
+        if self._starter is not None:
+            with suppress(OSError):
+                self._starter.send(message[:MESSAGE_SIZE])
+
+    def _hear_starter(self, starter: socket.socket) -> None:
         try:
-            self.wait(_GRACE_SECONDS)
-        except TimeoutError:
-            with suppress(OSError):  # fusectl is not mounted everywhere
-                abort_connection(self.device)
-            self._process.kill()
-            self.wait()
+            message = starter.recv(MESSAGE_SIZE)
+        except ConnectionResetError:
+            message = b""
+        if message.startswith(b"mounted "):
+            self._handover = self._handover._replace(device=int(message.split()[1]))
+            with suppress(OSError):
+                self._session.channel.send(message)
+            if self._is_told_to_end:
+                self._end()
+        elif message == b"stay":
+            self._may_stay = True
+        elif message == b"end":
+            self._status = 0
+        elif not message:
+            self._starter = None
+            if not self._may_stay:
+                self._end()
 
-    def leave(self) -> None:
-        """Let the session serve on when this process ends."""
-        self._channel.send(b"stay")
-        self._channel.close()
+    def _obey(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number != signal.SIGUSR1:
+                self._is_told_to_end = True
+                if self._handover.device is not None or self._starter is None:
+                    self._end()  # else when the starter has made the mount visible
+            elif self._handover.has_workers:
+                from cfs.fuse.statistics import describe_state  # noqa: PLC0415 - rarely
 
+                _print(describe_state(self._handover.state))
 
-def start(
-    vector: InodeVector,
-    mountpoint: StrPath,
-    basedirs: Sequence[StrPath],
-    *,
-    name: str,
-    allow_other: bool = False,
-    background: bool = False,
-    grace: float = _GRACE_SECONDS,
-) -> Mount:
-    """Mount a vector and return when it serves.
+    def _end(self) -> None:
+        """Take the mount down; after the grace period end, which aborts what still uses it."""
+        if self._deadline is not None:
+            return
+        is_visible = self._handover.device is not None
+        self._deadline = time.monotonic() + (self._handover.grace if is_visible else 0)
+        if is_visible:
+            self._detaching = threading.Thread(target=self._detach, daemon=True)
+            self._detaching.start()
 
-    Args:
-        vector: mount view of an image.
-        mountpoint: existing directory.
-        basedirs: objects directories, searched in this order.
-        name: of the image, shown as mount source ``composefs:NAME``.
-        allow_other: let other users in.
-        background: give the session no standard streams.
-        grace: seconds for those who use the mount when the session is told to end.
+    def _detach(self) -> None:
+        """Take the mount out of the tree, if it is there still."""
+        from cfs.mount import detach  # noqa: PLC0415 - see main
 
-    Raises:
-        MountError: the mount point, the kernel, fusermount3 or the session failed.
-        OSError: an objects directory cannot be opened.
-    """
-    target = prepare_mountpoint(os.fspath(mountpoint))
-    with ExitStack() as stack:
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        objects = [_owned(stack, os.open(directory, flags)) for directory in basedirs]
-        memfd = _owned(stack, publish(vector))
-        mount = stack.enter_context(closing(FuseMount(target, name, allow_other=allow_other)))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = None
-        try:
-            with theirs:
-                fds = {"vector": memfd, "device": mount.device_fd, "status": theirs.fileno()}
-                settings = {**fds, "objects": objects, "mountpoint": target, "grace": grace}
-                process = _spawn(settings, [*fds.values(), *objects], background=background)
-            _wait_until_serving(ours)
-            device = mount.attach()
-            ours.send(f"mounted {device}".encode())
-        except BaseException:
-            ours.close()
-            mount.discard()
-            if process is not None:
-                process.kill()
-                process.wait()
-            raise
-    return Mount(target, device, process, ours)
+        if self._handover.device is not None:
+            try:
+                detach(self._handover.mountpoint, self._handover.device)
+            except CfsError as error:
+                _print(f"supervisor: {error}")
 
+    def _bury(self) -> None:
+        """Start another session after one that died, or end with it."""
+        status = self._session.reap()
+        if self._status is not None:
+            return
+        if status == 0 or self._deadline is not None:
+            self._status = 0
+            return
+        reason = self._find_reason(status)
+        if reason is None:
+            self._session = _Session(has_workers=True)
+            self._brief()
+            return
+        text = f"session of {self._handover.mountpoint} {describe_status(status)}: {reason}"
+        if self._is_serving:
+            _print(f"supervisor: {text}")
+        else:
+            self._tell(f"failed: {text}".encode(errors="replace"))
+        self._status = 1
 
-def _owned(stack: ExitStack, fd: int) -> int:
-    stack.callback(os.close, fd)
-    return fd
+    def _find_reason(self, status: int) -> str | None:
+        """Return why there shall not be another session, or None."""
+        if not self._handover.has_workers:
+            return "without workers the mount ends with it"
+        from cfs.fuse.dataplane import read_statistics  # noqa: PLC0415 - workers=0 needs none
 
-
-def _spawn(
-    settings: dict[str, object], fds: Sequence[int], *, background: bool
-) -> "subprocess.Popen[bytes]":
-    """Execute the session with the descriptors that ``settings`` names, away from the terminal."""
-    # -P: a cfs directory where we happen to stand must not be imported
-    command = [sys.executable, "-P", "-m", "cfs.fuse.session", json.dumps(settings)]
-    here = str(Path(__file__).parents[2])
-    paths = [here, os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [here]
-    return subprocess.Popen(  # noqa: S603 - our own program
-        command,
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if background else None,
-        start_new_session=True,
-    )
-
-
-def _wait_until_serving(channel: socket.socket) -> None:
-    """Wait for the session's word; its death is a failure too."""
-    channel.settimeout(_START_SECONDS)
-    try:
-        message = channel.recv(_MESSAGE_SIZE)
-    except TimeoutError:
-        message = f"failed: did not serve within {_START_SECONDS} s".encode()
-    channel.settimeout(None)
-    if message != b"serving":
-        reason = message.decode(errors="replace").removeprefix("failed: ")
-        msg = f"FUSE session: {reason or 'ended before it served'}"
-        raise MountError(msg)
-
-
-@contextmanager
-def serve(
-    vector: InodeVector,
-    mountpoint: StrPath,
-    basedirs: Sequence[StrPath],
-    *,
-    name: str,
-    allow_other: bool = False,
-    grace: float = _GRACE_SECONDS,
-) -> Iterator[Mount]:
-    """Serve a vector while the block runs; arguments and errors as for :func:`start`."""
-    mount = start(vector, mountpoint, basedirs, name=name, allow_other=allow_other, grace=grace)
-    try:
-        yield mount
-    finally:
-        mount.unmount(grace)
-
-
-def serve_foreground(
-    mount: Mount, *, grace: float = _GRACE_SECONDS, notify_socket: str | None = None
-) -> int:
-    """Serve until SIGINT, SIGTERM or an outside unmount; return the exit status.
-
-    Main thread only, because of the signals.
-
-    Args:
-        mount: what :func:`start` gave.
-        grace: as for :meth:`Mount.unmount`.
-        notify_socket: where to send ``READY=1`` (systemd's ``NOTIFY_SOCKET``).
-    """
-    with _signal_pipe() as signals, ExitStack() as stack:
-        ended = _owned(stack, os.pidfd_open(mount.pid))
-        if notify_socket:
-            _notify(notify_socket, b"READY=1")
-        readable, _, _ = select.select([signals, ended], [], [])
-        if ended not in readable:
-            mount.unmount(grace)
-            return 0
-    return 0 if mount.wait() == 0 else 1
-
-
-@contextmanager
-def _signal_pipe() -> Iterator[int]:
-    """Make SIGINT and SIGTERM readable instead of deadly."""
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        writer.settimeout(0)
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield reader.fileno()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before)
-
-
-def _notify(path: str, message: bytes) -> None:
-    """Tell systemd; sd_notify(3)."""
-    address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.sendto(message, address)
+        statistics = read_statistics(self._handover.state)
+        if statistics.is_negotiated and not statistics.flags & _HAS_RESEND:
+            return "the kernel cannot resend its requests (Linux 6.9 or later can)"
+        nr_answered = sum(statistics.requests.values())
+        if self._deaths.is_hopeless(status, nr_answered, time.monotonic()):
+            return "it died too often, giving up"
+        return None

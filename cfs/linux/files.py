@@ -20,6 +20,7 @@ __all__ = [
     "Resolve",
     "clone_file",
     "copy_contents",
+    "is_on_overlay",
     "link_unnamed",
     "naming",
     "open_unnamed",
@@ -31,6 +32,8 @@ FICLONE = 0x40049409
 _SYS_OPENAT2 = 437  # the same on every architecture that Debian supports
 _NR_RETRIES = 64
 _COPY_SIZE = 1 << 20
+_STATFS_SIZE = 256  # more than struct statfs of any architecture
+_OVERLAYFS_SUPER_MAGIC = 0x794C7630
 
 
 class Resolve(IntFlag):
@@ -158,6 +161,20 @@ def reopen_readonly(fd: int) -> int:
         OSError: as open(2).
     """
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+
+
+def is_on_overlay(fd: int) -> bool:
+    """Whether a file (``O_PATH`` too) lies on overlayfs.
+
+    Raises:
+        OSError: as fstatfs(2).
+    """
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    if _libc().fstatfs(fd, buffer):
+        reason = ctypes.get_errno()
+        raise OSError(reason, os.strerror(reason))
+    # f_type comes first; it is a long or an int, and we are little endian
+    return int.from_bytes(buffer.raw[:4], "little") == _OVERLAYFS_SUPER_MAGIC
 
 
 def clone_file(source_fd: int, target_fd: int) -> bool:

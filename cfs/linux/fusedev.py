@@ -4,17 +4,29 @@ Linux Documentation/filesystems/fuse.rst; libfuse's fusermount3(1) with ``_FUSE_
 No shared state: any thread may call.
 """
 
+import fcntl
 import os
 import socket
+import struct
 import subprocess
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from cfs.errors import MountError
+from cfs.linux.sockets import receive_fds
 
-__all__ = ["abort_connection", "fusermount", "fusermount_detach", "open_device"]
+__all__ = [
+    "abort_connection",
+    "clone_device",
+    "fusermount",
+    "fusermount_detach",
+    "open_device",
+    "raise_readahead",
+]
 
 _DEVICE = "/dev/fuse"
+_FUSE_DEV_IOC_CLONE = 0x8004E500
+_READAHEAD_KB = 1024  # as large as the largest read, max_pages of 256
 _HELPER = "fusermount3"
 
 
@@ -31,6 +43,39 @@ def open_device() -> int:
         raise MountError(msg, error.errno or 0) from None
 
 
+def clone_device(device_fd: int, nr_clones: int) -> Iterator[int]:
+    """Yield new descriptors of a connection, each owned by the caller.
+
+    They end with ``nr_clones``, or before that if this user may not open the device: one who got
+    ``device_fd`` from fusermount3 has nothing but that.
+
+    Raises:
+        OSError: the kernel does not clone.
+    """
+    for _ in range(nr_clones):
+        try:
+            fd = open_device()
+        except MountError:
+            return
+        try:
+            fcntl.ioctl(fd, _FUSE_DEV_IOC_CLONE, struct.pack("I", device_fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        yield fd
+
+
+def raise_readahead(device: int) -> None:
+    """Let the kernel read ahead as much of a mount as one request can carry, if we are allowed.
+
+    Args:
+        device: device number of the mount.
+    """
+    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    with suppress(OSError), open(path, "w") as file:
+        file.write(str(_READAHEAD_KB))
+
+
 def fusermount(mountpoint: str, options: Sequence[str]) -> int:
     """Mount through the setuid helper and return the device, owned by the caller.
 
@@ -44,7 +89,7 @@ def fusermount(mountpoint: str, options: Sequence[str]) -> int:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         _run_helper(["-o", ",".join(options), "--", mountpoint], theirs)
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        _, fds = receive_fds(ours, 1, 1)
     if not fds:
         msg = f"{_HELPER} gave no device for {mountpoint}"
         raise MountError(msg)
@@ -95,4 +140,5 @@ def abort_connection(device: int) -> None:
     Raises:
         OSError: the connection is gone, or not ours.
     """
-    Path(f"/sys/fs/fuse/connections/{os.minor(device)}/abort").write_text("1")
+    with open(f"/sys/fs/fuse/connections/{os.minor(device)}/abort", "w") as file:
+        file.write("1")

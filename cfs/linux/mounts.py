@@ -14,7 +14,17 @@ from enum import IntFlag
 
 from cfs.errors import MountError
 
-__all__ = ["MountAttr", "attach_mount", "create_mount", "detach_mount", "mounted_at"]
+__all__ = [
+    "MountAttr",
+    "Option",
+    "attach_mount",
+    "create_mount",
+    "detach_mount",
+    "is_initial_user_namespace",
+    "mounted_at",
+]
+
+Option = tuple[str, str | bytes | int | None]
 
 # numbers that all architectures share
 _SYS_MOVE_MOUNT = 429
@@ -23,10 +33,11 @@ _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
 _AT_FDCWD = -100
 _CLOEXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
-_SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6  # enum fsconfig_command
+_SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6  # enum fsconfig_command
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MNT_DETACH = 2
 _LOG_SIZE = 4096
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO
 
 
 class MountAttr(IntFlag):
@@ -53,14 +64,12 @@ def _syscall(number: int, *args: int | bytes | None) -> int:
     return result
 
 
-def create_mount(
-    fstype: str, options: Sequence[tuple[str, str | bytes | None]], attributes: MountAttr
-) -> int:
+def create_mount(fstype: str, options: Sequence[Option], attributes: MountAttr) -> int:
     """Make a file system and a mount of it that is attached nowhere yet.
 
     Args:
         fstype: type, without subtype.
-        options: keys and values, in this order; a flag has value None.
+        options: keys and values, in this order; a number is a descriptor, a flag has value None.
         attributes: of the mount.
 
     Returns:
@@ -74,9 +83,7 @@ def create_mount(
     try:
         context = _syscall(_SYS_FSOPEN, fstype.encode(), _CLOEXEC)
         for key, value in options:
-            command = _SET_FLAG if value is None else _SET_STRING
-            text = value.encode() if isinstance(value, str) else value
-            _syscall(_SYS_FSCONFIG, context, command, key.encode(), text, 0)
+            _configure(context, key.encode(), value)
         _syscall(_SYS_FSCONFIG, context, _CMD_CREATE, None, None, 0)
         return _syscall(_SYS_FSMOUNT, context, _CLOEXEC, attributes)
     except OSError as error:
@@ -86,6 +93,15 @@ def create_mount(
     finally:
         if context >= 0:
             os.close(context)
+
+
+def _configure(context: int, key: bytes, value: str | bytes | int | None) -> None:
+    if isinstance(value, int):
+        _syscall(_SYS_FSCONFIG, context, _SET_FD, key, None, value)
+        return
+    text = value.encode() if isinstance(value, str) else value
+    command = _SET_FLAG if text is None else _SET_STRING
+    _syscall(_SYS_FSCONFIG, context, command, key, text, 0)
 
 
 def _kernel_log(context: int) -> str:
@@ -137,3 +153,8 @@ def mounted_at(path: str) -> int | None:
 
 def _unescaped(text: bytes) -> bytes:
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text)
+
+
+def is_initial_user_namespace() -> bool:
+    """Whether capabilities that we may have are those of the whole machine."""
+    return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE

@@ -11,10 +11,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cfs.fuse import Mount, serve
+from cfs.fuse import Mount, ServeOptions, serve
 from cfs.inodes import InodeVector
 from cfs.linux.mounts import detach_mount
 
@@ -100,13 +101,22 @@ def objects(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture(params=[0, None], ids=["reference", "workers"])
+def workers(request: pytest.FixtureRequest) -> int | None:
+    """Which plane serves: pyfuse3 alone, or as many C workers as by default."""
+    if request.param is None:
+        pytest.importorskip("cfs.fuse._worker", reason="the data plane is not built")
+    number: int | None = request.param
+    return number
+
+
 @pytest.fixture
-def served(mnt: Path, objects: Path) -> Iterator[Serve]:
-    """Serve a vector on ``mnt`` until the test ends, however it ends; needs ``fuse``."""
+def served(mnt: Path, objects: Path, workers: int | None) -> Iterator[Serve]:
+    """Serve a vector on ``mnt`` until the test ends, once by each plane; needs ``fuse``."""
     with ExitStack() as stack:
 
-        def start(vector: InodeVector, **options: bool | float) -> Mount:
-            mount = serve(vector, mnt, [objects], name="test", **options)  # type: ignore[arg-type] # mypy cannot tell the options apart
-            return stack.enter_context(mount)
+        def start(vector: InodeVector, **choices: Any) -> Mount:
+            options = ServeOptions(workers=workers, **choices)
+            return stack.enter_context(serve(vector, mnt, [objects], name="test", options=options))
 
         yield start

@@ -1,4 +1,4 @@
-"""The Python plane on real mounts."""
+"""Both planes on real mounts, and the processes that serve them."""
 
 import ctypes
 import errno
@@ -23,7 +23,7 @@ import pytest
 
 from cfs.erofs.writer import write_image
 from cfs.errors import MountError
-from cfs.fuse import Mount, serve, start
+from cfs.fuse import Mount, ServeOptions, serve, start
 from cfs.mount import prepare_mountpoint
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink
 from tests.integration.vectors import make_vector
@@ -32,6 +32,18 @@ from tests.paths import CHECKOUT
 Serve = Callable[..., Mount]
 pytestmark = pytest.mark.usefixtures("fuse")
 DEADLINE = 60
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([pidfd], [], [], DEADLINE)[0]
+    finally:
+        os.close(pidfd)
 
 
 def directory(children: dict[bytes, Inode | Link], mode: int = 0o755) -> Directory:
@@ -162,13 +174,14 @@ def test_bad_objects_fail_alone_and_are_logged_once(
         b"link": (external(b"outside/passwd", 5), errno.ELOOP),
         b"escape": (external(b"../../../../etc/passwd", 5), errno.EXDEV),
     }
-    served(make_vector(directory({b"good": good, **{k: v[0] for k, v in files.items()}})))
+    mount = served(make_vector(directory({b"good": good, **{k: v[0] for k, v in files.items()}})))
     for name, (_, reason) in files.items():
         for _ in range(2):
             assert os.stat(os.fsencode(mnt) + b"/" + name).st_size == 5
             with pytest.raises(OSError, match=os.strerror(reason)):
-                os.close(os.open(os.fsencode(mnt) + b"/" + name, os.O_RDONLY))
+                Path(mnt / name.decode()).read_bytes()  # workers open at the first read
     assert (mnt / "good").read_bytes() == b"good"
+    mount.unmount()
     logged = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nid")]
     assert len(logged) == len(files)
 
@@ -393,12 +406,13 @@ def test_busy_mount_is_gone_at_once_and_aborted_after_the_grace(mnt: Path) -> No
 
 def test_stale_mount_is_cleaned_up(mnt: Path) -> None:
     vector = make_vector(directory({b"f": inline(b"x")}))
-    dead = start(vector, mnt, [], name="dead")
+    dead = start(vector, mnt, [], name="dead", options=ServeOptions(supervise=False))
     os.kill(dead.pid, signal.SIGKILL)
-    assert dead.wait(DEADLINE) == -signal.SIGKILL
+    wait_for_end(dead.pid)
     with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
         os.listdir(mnt)
     with serve(vector, mnt, [], name="alive"):
+        assert dead.wait(DEADLINE) == -signal.SIGKILL
         assert (mnt / "f").read_bytes() == b"x"
     assert not os.path.ismount(mnt)
     assert os.stat(mnt)
@@ -462,24 +476,16 @@ def test_foreground_ends_with_0_on_outside_unmount(mnt: Path) -> None:
         assert server.wait(DEADLINE) == 0
 
 
-def test_foreground_ends_with_1_when_the_session_dies(mnt: Path) -> None:
-    with run_script(FOREGROUND, mnt) as server:
+@pytest.mark.parametrize("supervise", [True, False])
+def test_foreground_ends_with_1_when_its_process_dies(mnt: Path, *, supervise: bool) -> None:
+    body = FOREGROUND.replace(
+        "name=", f"options=cfs.fuse.ServeOptions(supervise={supervise}), name="
+    )
+    with run_script(body, mnt) as server:
         assert server.stdout
         os.kill(int(server.stdout.readline()), signal.SIGKILL)
         assert server.wait(DEADLINE) == 1
-    subprocess.run(["umount", str(mnt)], check=True)
-
-
-def wait_for_end(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([pidfd], [], [], DEADLINE)[0]
-    finally:
-        os.close(pidfd)
+    assert not os.path.ismount(mnt)
 
 
 def test_session_takes_the_mount_down_when_its_starter_is_killed(mnt: Path) -> None:
@@ -533,11 +539,22 @@ def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> N
             line = next(line for line in lines if f" {mnt} " in line)
             sys.stdout.write(f"{os.geteuid()} {text} {line}")
         assert not os.path.ismount(mnt)
-        dead = cfs.fuse.start(vector, mnt, [], name="x")
+        options = cfs.fuse.ServeOptions(supervise=False)
+        dead = cfs.fuse.start(vector, mnt, [], name="x", options=options)
         os.kill(dead.pid, 9)
-        dead.wait()
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
         with cfs.fuse.serve(vector, mnt, [], name="x"):
-            pass
+            assert dead.wait() == -9
+        for number in (9, 15):  # nothing but the mount survives its supervisor
+            mount = cfs.fuse.start(vector, mnt, [], name="x")
+            os.kill(mount.pid, number)
+            assert mount.wait() == (-9 if number == 9 else 0)
+            assert not os.path.ismount(mnt)
+        try:
+            cfs.fuse.start(vector, mnt, [], name="x", options=cfs.fuse.ServeOptions(
+                workers=2, passthrough=cfs.fuse.Passthrough.ON))
+        except (cfs.MountError, ModuleNotFoundError) as error:
+            assert "passthrough" in str(error) or "_worker" in str(error), error
         assert not os.path.ismount(mnt)
         words = ["--no-repo", "fuse-serve", "--background", "image.cfs", mnt]
         cli = [sys.executable, "-m", "cfs.cli.main", *words]

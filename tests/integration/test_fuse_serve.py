@@ -114,9 +114,12 @@ def test_allow_other_only_when_asked(command: list[str], mnt: Path) -> None:
         (["-o", "nonsense"], 2, "nonsense"),
         (["--grace", "nan"], 2, "nan"),
         (["--grace", "-1"], 2, "-1"),
-        (["-o", "passthrough"], 1, "passthrough"),
-        (["-o", "mode=overlay"], 1, "overlay"),
-        (["-o", "verify=require"], 1, "verify"),
+        (["-o", "workers=17"], 2, "workers"),
+        (["-o", "passthrough,mode=overlay"], 2, "passthrough"),
+        (["-o", "mode=overlay,verify=open"], 2, "verify=open"),
+        (["-o", "workers=0,passthrough"], 2, "workers=0"),
+        (["--upperdir", "u", "--workdir", "w"], 2, "mode=overlay"),
+        (["-o", "mode=overlay", "--upperdir", "u"], 2, "work directory"),
         (["--basedir", "/nonexistent"], 1, "/nonexistent"),
     ],
 )
@@ -143,3 +146,26 @@ def test_missing_mount_point_and_image(image: Path, tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.startswith("Error: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_statistics_on_demand_and_at_the_end(command: list[str], mnt: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cfs.fuse._worker", reason="the data plane is not built")
+    with serve_in_foreground([*command, "--stats"], tmp_path) as server:
+        assert server.stderr
+        (mnt / "small").read_bytes()
+        server.send_signal(signal.SIGUSR1)
+        lines = iter(server.stderr.readline, b"restarts: 0\n")
+        assert b"requests read: 1\n" in list(lines)
+        (mnt / "big").read_bytes()
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=DEADLINE)
+        assert server.returncode == 0
+    assert b"read bytes: %d\n" % (len(BIG) + len("text")) in err
+
+
+def test_statistics_of_what_goes_into_the_background_are_refused(command: list[str]) -> None:
+    done = subprocess.run(
+        [*command, "--stats", "--background"], cwd=CHECKOUT, capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert b"SIGUSR1" in done.stderr

@@ -1,0 +1,101 @@
+"""Hand a process of a mount what it serves, and talk to it.
+
+Supervisor and session are started before it is known what they serve; they get that later in one
+message over a ``SOCK_SEQPACKET`` pair: settings as JSON, descriptors beside them.
+
+After that the starter says ``mounted DEVICE`` when the mount is visible, ``stay`` if it may
+outlive its starter, ``end`` to end at once, whoever uses the mount; the process says ``serving``
+or ``failed: why``.
+"""
+
+import json
+import signal
+import socket
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cfs.linux.sockets import receive_fds
+
+__all__ = ["MESSAGE_SIZE", "SIGNALS", "Handover", "channel_pair", "receive", "send"]
+
+MESSAGE_SIZE = 1024
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # end; print the statistics
+_SETTINGS_SIZE = 64 * 1024
+_MAX_FDS = 250  # in one message; the kernel takes 253
+_DESCRIPTORS = ("vector", "state", "devices", "objects")
+
+
+class Handover(NamedTuple):
+    """What supervisor and session get.
+
+    Attributes:
+        vector: sealed memfd of the inode vector.
+        state: memfd of what survives sessions.
+        devices: the mount's FUSE device and its clones, one for each worker; with
+            ``workers=0`` one alone.
+        objects: objects directories, searched in this order.
+        mountpoint: without symlinks, named only to take the mount down.
+        device: device number of the mount, None before it is visible.
+        grace: seconds for those who use the mount when it is told to end.
+        has_workers: False: pyfuse3 alone.
+        is_metadata_only: an overlay above reads the objects.
+        passthrough: ``cfs.fuse.options.Passthrough``.
+        stack_depth: with passthrough 1, or 2 if objects lie on a stacked file system.
+        verify: ``cfs.fuse.options.Verify``.
+        masked_flags: INIT flags not to use.
+        is_supervised: only the supervisor takes the mount down, while it lives.
+    """
+
+    vector: int
+    state: int
+    devices: Sequence[int]
+    objects: Sequence[int]
+    mountpoint: str
+    grace: float
+    has_workers: bool
+    is_metadata_only: bool
+    passthrough: int
+    stack_depth: int
+    verify: int
+    masked_flags: int
+    device: int | None = None
+    is_supervised: bool = False
+
+
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a new channel."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(channel: socket.socket, handover: Handover) -> None:
+    """Send settings and descriptors, which stay the caller's.
+
+    Raises:
+        OSError: the process has gone.
+    """
+    fds = [handover.vector, handover.state, *handover.devices, *handover.objects]
+    settings = handover._asdict()
+    for name in _DESCRIPTORS:
+        del settings[name]
+    counts = [len(handover.devices), len(handover.objects)]
+    socket.send_fds(channel, [json.dumps([counts, settings]).encode()], fds[:_MAX_FDS])
+    for start in range(_MAX_FDS, len(fds), _MAX_FDS):
+        socket.send_fds(channel, [b"more"], fds[start : start + _MAX_FDS])
+
+
+def receive(channel: socket.socket) -> Handover | None:
+    """Wait for settings and descriptors, owned by this process from now on; None: no starter."""
+    message, fds = receive_fds(channel, _SETTINGS_SIZE, _MAX_FDS)
+    if not message:
+        return None
+    (nr_devices, nr_objects), settings = json.loads(message)
+    while len(fds) < 2 + nr_devices + nr_objects:
+        _, more = receive_fds(channel, MESSAGE_SIZE, _MAX_FDS)
+        if not more:
+            return None
+        fds += more
+    vector, state, *others = fds
+    return Handover(
+        vector=vector, state=state, devices=others[:nr_devices], objects=others[nr_devices:],
+        **settings,
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""The kernel's overlay over a FUSE mount that serves metadata only.
+
+FUSE tells names, attributes and where the objects are (``cfs.fuse.overlay``); overlayfs reads
+the objects itself, and keeps changes in an upper directory.  The FUSE mount never appears in
+the tree: overlayfs holds the only reference, so that both end together.  Linux 6.16 or later,
+Documentation/filesystems/overlayfs.rst; spec fuse-data-plane 11.
+
+Needs privilege over the mount name space: root, or a user name space of one's own.  No shared
+state: any thread may call.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cfs.errors import MountError
+from cfs.linux.fusedev import open_device
+from cfs.linux.mounts import MountAttr, Option, create_mount
+from cfs.mount import FuseMount
+from cfs.mount import _create_detached as create_detached
+from cfs.mount import _source as mount_source
+
+if TYPE_CHECKING:
+    from typing_extensions import override  # typing has it from 3.12 on
+else:
+
+    def override(method: object) -> object:
+        return method
+
+
+__all__ = ["OverlayLayers", "OverlayMount"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlayLayers:
+    """What lies below and above the metadata.
+
+    Attributes:
+        objects: descriptors of the objects directories, searched in this order; borrowed.
+        upperdir: directory that gets the changes, or None; needs ``workdir``.
+        workdir: empty directory on the same file system.
+        read_write: let changes happen; else the mount is read-only, upper directory or not.
+        require_verity: only read objects whose fs-verity digest is the one that FUSE tells.
+    """
+
+    objects: Sequence[int]
+    upperdir: str | None = None
+    workdir: str | None = None
+    read_write: bool = False
+    require_verity: bool = False
+
+
+class OverlayMount(FuseMount):
+    """A new overlay, over a FUSE file system that nobody serves yet.
+
+    Used as :class:`cfs.mount.FuseMount` is.  Other users are let in as far as the modes of the
+    files allow, as by any mount that the kernel makes itself: overlayfs asks FUSE in the name
+    of whoever mounted.
+
+    Args:
+        mountpoint: from :func:`cfs.mount.prepare_mountpoint`.
+        name: shown as source, ``composefs:NAME``.
+        layers: the other layers.
+
+    Raises:
+        MountError: no privilege, or the kernel refused.
+        OSError: upper or work directory cannot be opened.
+    """
+
+    def __init__(self, mountpoint: str, name: str, layers: OverlayLayers) -> None:
+        self._mountpoint = mountpoint
+        self._source = mount_source(name)
+        self._layers = layers
+        with ExitStack() as stack:
+            self._changes = [
+                (key, _owned(stack, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+                for key, path in (("upperdir", layers.upperdir), ("workdir", layers.workdir))
+                if path is not None
+            ]
+            self.device_fd = _owned(stack, open_device())
+            self._mount_fd = self._create_fuse()
+            stack.pop_all()
+
+    def _create_fuse(self) -> int:
+        try:
+            return create_detached(self.device_fd, self._source, allow_other=False)
+        except MountError as error:
+            if error.errno != errno.EPERM:
+                raise
+            msg = f"{error}: an overlay needs root, or a user name space of one's own"
+            raise MountError(msg, errno.EPERM) from None
+
+    @override
+    def attach(self) -> int:
+        """Make the overlay, which asks FUSE at once, and show it; return its device number.
+
+        Raises:
+            MountError: overlayfs refused, or the mount point is gone.
+        """
+        try:
+            # overlayfs copies the root's owner and mode, which FUSE knows only when it was asked
+            os.fstat(self._mount_fd)
+            overlay_fd = self._create_overlay()
+        except OSError as error:
+            msg = f"cannot mount on {self._mountpoint}: {error.strerror}"
+            raise MountError(msg, error.errno or errno.EIO) from None
+        except MountError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            msg = f"{error}: see the kernel log; Linux before 6.16 cannot do it at all"
+            raise MountError(msg, errno.EINVAL) from None
+        os.close(self._mount_fd)  # from now on FUSE lives as long as the overlay
+        self._mount_fd = overlay_fd
+        return super().attach()
+
+    def _create_overlay(self) -> int:
+        layers = self._layers
+        attributes = MountAttr(0) if layers.read_write else MountAttr.RDONLY
+        if os.geteuid() != 0:
+            attributes |= MountAttr.NOSUID | MountAttr.NODEV
+        with ExitStack() as stack:
+            objects = layers.objects
+            if not objects:  # without any layer for data a file could not even be looked at
+                objects = [_owned(stack, create_mount("tmpfs", [], MountAttr.RDONLY))]
+            options: list[Option] = [
+                ("source", self._source),
+                ("userxattr", None),
+                ("lowerdir+", self._mount_fd),
+                *(("datadir+", fd) for fd in objects),
+                *self._changes,
+            ]
+            if not layers.read_write:
+                options.append(("ro", None))
+            if layers.require_verity:
+                options.append(("verity", "require"))
+            return create_mount("overlay", options, attributes)
+
+    @override
+    def close(self) -> None:
+        """Close our descriptors; a mount that was not attached is gone then."""
+        for _, fd in self._changes:
+            os.close(fd)
+        self._changes = []
+        super().close()
+
+
+def _owned(stack: ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
