@@ -7,6 +7,7 @@ and composefs's object paths, first byte in hex, a slash, the rest.  No computat
 from dataclasses import dataclass
 from enum import IntEnum
 
+from cfs.compat import override
 from cfs.errors import FormatError, InvalidRequestError
 
 __all__ = ["Algorithm", "Digest"]
@@ -79,6 +80,7 @@ class Digest:
         text = self.value.hex().encode()
         return text[:2] + b"/" + text[2:]
 
-    def __str__(self) -> str:  # type: ignore[explicit-override]  # typing has it from 3.12 on
+    @override
+    def __str__(self) -> str:
         """Lower case hex digits, without prefix."""
         return self.value.hex()

@@ -18,7 +18,14 @@ from cfs.linux.mounts import (
     mounted_at,
 )
 
-__all__ = ["FuseMount", "detach", "is_dead", "prepare_mountpoint"]
+__all__ = [
+    "FuseMount",
+    "create_detached",
+    "detach",
+    "is_dead",
+    "mount_source",
+    "prepare_mountpoint",
+]
 
 _SUBTYPE = "composefs"
 _SOURCE_MAX = 255  # bytes of a string that fsconfig takes
@@ -111,10 +118,10 @@ class FuseMount:
             if os.geteuid() == 0:
                 raise
             device_fd = -1  # the helper may be allowed what we are not
-        source = _source(name)
+        source = mount_source(name)
         if device_fd >= 0:
             try:
-                self._mount_fd = _create_detached(device_fd, source, allow_other=allow_other)
+                self._mount_fd = create_detached(device_fd, source, allow_other=allow_other)
             except MountError as error:
                 os.close(device_fd)
                 if error.errno != errno.EPERM or os.geteuid() == 0:
@@ -162,13 +169,18 @@ class FuseMount:
         self._mount_fd = -1
 
 
-def _source(name: str) -> bytes:
+def mount_source(name: str) -> bytes:
     """Return the mount source; of a very long name the end."""
     room = _SOURCE_MAX - len(b"composefs:")
     return b"composefs:" + os.fsencode(name)[-room:]
 
 
-def _create_detached(device_fd: int, source: bytes, *, allow_other: bool) -> int:
+def create_detached(device_fd: int, source: bytes, *, allow_other: bool) -> int:
+    """Make a FUSE file system that is in no tree yet; return the descriptor of its mount.
+
+    Raises:
+        MountError: the kernel refused; EPERM: we have not the right to mount.
+    """
     options: list[tuple[str, str | bytes | None]] = [
         ("source", source),
         ("subtype", _SUBTYPE),

@@ -14,22 +14,12 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from cfs.compat import override
 from cfs.errors import MountError
 from cfs.linux.fusedev import open_device
 from cfs.linux.mounts import MountAttr, Option, create_mount
-from cfs.mount import FuseMount
-from cfs.mount import _create_detached as create_detached
-from cfs.mount import _source as mount_source
-
-if TYPE_CHECKING:
-    from typing_extensions import override  # typing has it from 3.12 on
-else:
-
-    def override(method: object) -> object:
-        return method
-
+from cfs.mount import FuseMount, create_detached, mount_source
 
 __all__ = ["OverlayLayers", "OverlayMount"]
 

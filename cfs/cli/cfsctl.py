@@ -11,7 +11,8 @@ import click
 
 from cfs import __version__
 from cfs.cli.report import run_reporting
-from cfs.cli.strict import GlobalOptions, check_repetitions, override
+from cfs.cli.strict import GlobalOptions, check_repetitions
+from cfs.compat import override
 from cfs.digest import Algorithm
 from cfs.errors import UnsupportedError
 

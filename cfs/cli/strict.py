@@ -2,22 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
+from cfs.compat import override
 from cfs.digest import Algorithm
 
-if TYPE_CHECKING:
-    from typing_extensions import override  # typing has it from 3.12 on
-else:
-
-    def override(method: object) -> object:
-        """Mark what replaces a method of click, for the type checker."""
-        return method
-
-
-__all__ = ["GlobalOptions", "StrictCommand", "check_repetitions", "find_global_options", "override"]
+__all__ = ["GlobalOptions", "StrictCommand", "check_repetitions", "find_global_options"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

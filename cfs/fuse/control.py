@@ -16,9 +16,9 @@ import pyfuse3
 import trio
 
 from cfs.errors import MountError
+from cfs.fuse.choices import Verify
 from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover
 from cfs.fuse.operations import VectorOperations
-from cfs.fuse.options import Verify
 from cfs.fuse.shared import attach
 from cfs.fuse.unservable import ServeError, format_line
 from cfs.mount import detach
@@ -98,6 +98,8 @@ class _Control:
                 if message == b"end":
                     pyfuse3.terminate()
         self._is_supervised = False
+        if self._plane is not None:
+            self._plane.end_pushes()
         self._settled.set()
         if not self._may_stay:
             await self._end()

@@ -9,13 +9,12 @@ state memfd may be read by any process at any time.  Imports neither numpy nor p
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple, Protocol, cast
 
 from cfs.errors import MountError
 from cfs.fuse import _worker  # type: ignore[attr-defined] # made by _build.py
-from cfs.fuse.options import Passthrough, Verify
+from cfs.fuse.choices import Passthrough, Verify
 
 __all__ = [
     "DataPlane",
@@ -38,6 +37,7 @@ class _Library(Protocol):
     cfs_worker_failure: Callable[[object], object]
     # worker, entry
     cfs_worker_next_log: Callable[[object, object], int]
+    cfs_worker_end_pushes: Callable[[object], None]
     cfs_worker_stop: Callable[[object], None]
     cfs_worker_destroy: Callable[[object], None]
 
@@ -56,6 +56,7 @@ class _Ffi(Protocol):
 _lib = cast("_Library", _worker.lib)
 _ffi = cast("_Ffi", _worker.ffi)
 _ADAPTIVE = 0xFFFFFFFF
+_HAS_RESEND = 1 << 39  # INIT flag
 _REASON_SIZE = 256
 
 
@@ -146,8 +147,7 @@ class LogEntry(NamedTuple):
     value: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What the sessions of a mount have done so far (``struct cfs_state``).
 
     Attributes:
@@ -169,6 +169,11 @@ class Statistics:
     use_passthrough: bool
     requests: dict[str, int]
     counters: dict[str, int]
+
+    @property
+    def can_resend(self) -> bool:
+        """Whether the kernel gives unanswered requests of a dead session to the next one."""
+        return bool(self.flags & _HAS_RESEND)
 
 
 def read_statistics(state_fd: int) -> Statistics:
@@ -294,6 +299,10 @@ class DataPlane:
                 entry.error,
                 entry.value,
             )
+
+    def end_pushes(self) -> None:
+        """Push no contents of files from now on: nobody follows if this session is killed."""
+        _lib.cfs_worker_end_pushes(self._worker)
 
     def stop(self) -> None:
         """End all threads and wait for them; requests that come now wait for a next session."""

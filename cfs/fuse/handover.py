@@ -5,7 +5,8 @@ message over a ``SOCK_SEQPACKET`` pair: settings as JSON, descriptors beside the
 
 After that the starter says ``mounted DEVICE`` when the mount is visible, ``stay`` if it may
 outlive its starter, ``end`` to end at once, whoever uses the mount; the process says ``serving``
-or ``failed: why``.
+or ``failed: why``, and a session to its supervisor before that ``witness TID``: a thread that
+ends when the session is killed, even if another one is stuck in the kernel.
 """
 
 import json
@@ -43,7 +44,8 @@ class Handover(NamedTuple):
         stack_depth: with passthrough 1, or 2 if objects lie on a stacked file system.
         verify: ``cfs.fuse.options.Verify``.
         masked_flags: INIT flags not to use.
-        is_supervised: only the supervisor takes the mount down, while it lives.
+        is_supervised: if the session dies, another one follows; and only the supervisor takes the
+            mount down, while it lives.
     """
 
     vector: int

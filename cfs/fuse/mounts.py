@@ -149,7 +149,7 @@ class Mount:
             if b"cfs.fuse.session" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 if not _has_ended(session, grace):
                     signal.pidfd_send_signal(session, signal.SIGKILL)
-                _has_ended(session, None)
+                _has_ended(session, _ABORT_SECONDS)
 
     def leave(self) -> None:
         """Let the mount serve on when this process ends."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cfs.digest import Digest
 from cfs.errors import IntegrityError, UnsupportedError
 from cfs.fsverity import compute_file_digest, measure
-from cfs.fuse.options import Verify
+from cfs.fuse.choices import Verify
 from cfs.fuse.unservable import ServeError
 from cfs.inodes import Ino, InodeVector
 from cfs.linux.files import openat2

@@ -16,24 +16,17 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import pyfuse3
 import trio
 
+from cfs.compat import override
 from cfs.errors import NotFoundError
+from cfs.fuse.choices import Verify
 from cfs.fuse.objects import ObjectFiles
-from cfs.fuse.options import Verify
 from cfs.fuse.unservable import ServeError, format_line
 from cfs.inodes import Ino, InodeVector, view
-
-if TYPE_CHECKING:
-    from typing_extensions import override  # typing has it from 3.12 on
-else:
-
-    def override(method: object) -> object:
-        return method
-
 
 __all__ = ["VectorOperations"]
 
@@ -83,6 +76,7 @@ class VectorOperations(pyfuse3.Operations):
         self._ready = ready
         self._objects: dict[int, _OpenObject] = {}
         self._reported: set[int] = set()
+        self._has_xattrs = len(vector.xattr_name_off) > 0
         self._unsupported = _unsupported_xattrs(vector)
         # memoryviews give Python integers, also of arrays of numpy
         self._mode = view(vector.mode)
@@ -236,6 +230,7 @@ class VectorOperations(pyfuse3.Operations):
 
     @override
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        self._check_has_xattrs()
         if name in self._unsupported:
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         try:
@@ -243,8 +238,13 @@ class VectorOperations(pyfuse3.Operations):
         except KeyError:
             raise pyfuse3.FUSEError(errno.ENODATA) from None
 
+    def _check_has_xattrs(self) -> None:
+        if not self._has_xattrs:
+            raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel asks no more; callers see EOPNOTSUPP
+
     @override
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        self._check_has_xattrs()
         names = self._vector.xattrs(Ino(inode))
         # the kernel filters trusted.* in getxattr only
         return [name for name in names if not ctx.uid or not name.startswith(b"trusted.")]

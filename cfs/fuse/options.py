@@ -5,36 +5,13 @@ Meaning of each choice: spec cli-and-varlink c.6 and c.7.  Values only, no share
 
 import os
 from dataclasses import dataclass
-from enum import IntEnum
 
 from cfs.errors import InvalidRequestError
+from cfs.fuse.choices import Mode, Passthrough, Verify
 
 __all__ = ["DEFAULT", "MAX_WORKERS", "Mode", "Passthrough", "ServeOptions", "Verify"]
 
 MAX_WORKERS = 16  # CFS_MAX_THREADS of worker/internal.h
-
-
-class Mode(IntEnum):
-    """Who reads the objects: the FUSE server, or the kernel's overlayfs above it."""
-
-    PLAIN = 0
-    OVERLAY = 1
-
-
-class Passthrough(IntEnum):
-    """Whether the kernel reads objects itself; ``enum cfs_passthrough`` of worker/worker.h."""
-
-    OFF = 0
-    ON = 1
-    AUTO = 2
-
-
-class Verify(IntEnum):
-    """Which digest of an object counts; ``enum cfs_verify`` of worker/worker.h."""
-
-    OFF = 0
-    OPEN = 1
-    REQUIRE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +24,7 @@ class ServeOptions:
             CPU; 0: pyfuse3 alone, the reference plane.
         passthrough: let the kernel read objects; ``AUTO`` falls back silently.
         verify: check an object's digest at first use; ``REQUIRE`` takes fs-verity only.
-        supervise: keep a supervisor, which replaces a session that died.
+        supervise: keep a supervisor, which replaces a session that died; else nothing is pushed.
         allow_other: let other users in.
         upperdir: where an overlay keeps changes; needs ``workdir``.
         workdir: work directory of an overlay, on the file system of ``upperdir``.

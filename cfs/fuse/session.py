@@ -16,6 +16,7 @@ import resource
 import select
 import signal
 import socket
+import threading
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def _control(
 
 
 def _serve_with_workers(handover: Handover, channel: socket.socket) -> None:
-    from cfs.fuse.dataplane import DataPlane  # noqa: PLC0415 - workers=0 needs no extension
+    from cfs.fuse.dataplane import DataPlane, read_statistics  # noqa: PLC0415 - not if workers=0
 
     if importlib.util.find_spec("pyfuse3") is None:
         msg = "pyfuse3 is not installed"
@@ -93,11 +94,29 @@ def _serve_with_workers(handover: Handover, channel: socket.socket) -> None:
             is_metadata_only=handover.is_metadata_only,
         )
         with closing(plane):
+            if handover.is_supervised:
+                _name_witness(channel)
+            else:
+                plane.end_pushes()
             plane.start()
             if _is_serving(plane, channel, handover):
+                if not read_statistics(handover.state).can_resend:
+                    plane.end_pushes()
                 with suppress(BrokenPipeError):
                     channel.send(b"serving")
                 _control(handover, channel, os.dup(control.fileno()), plane)
+
+
+def _name_witness(channel: socket.socket) -> None:
+    """Tell a thread that never touches the device.
+
+    One that pushes waits, deaf to SIGKILL, for the answer to a request.  If we are killed, only
+    another session can give it, and until then our process does not end (spec fuse-data-plane 8).
+    """
+    witness = threading.Thread(target=threading.Event().wait, daemon=True)
+    witness.start()
+    with suppress(BrokenPipeError):
+        channel.send(f"witness {witness.native_id}".encode())
 
 
 def _is_serving(plane: "DataPlane", channel: socket.socket, handover: Handover) -> bool:

@@ -6,6 +6,10 @@ asks the kernel to send the unanswered requests again.  It gives up, and takes t
 one clear line, if that does not help, if the kernel cannot resend, or without workers: then
 nothing survives a session.
 
+A session killed while it pushes contents may be stuck: a push waits in the kernel for the answer to
+a request, which nobody gives any more, and its process does not end.  So a thread that never pushes
+is watched as well; the next session gives that answer, and then the old process goes.
+
 If the supervisor itself is killed, the session serves on until the mount ends.  Status as of a
 session.  One thread with one poll; unmounting uses another one, since fusermount3 may need the
 mount to answer.
@@ -18,6 +22,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 from cfs.errors import CfsError
@@ -27,8 +32,11 @@ from cfs.fuse.program import spawn
 
 __all__ = ["main"]
 
-_HAS_RESEND = 1 << 39  # INIT flag
 _STDERR = 2
+_PIDFD_THREAD = os.O_EXCL  # Linux 6.9, as resending
+_EXIT_SECONDS = 0.05  # between the end of a thread and that of its process
+_KILL_SECONDS = 0.3
+_RELEASE_SECONDS = 1.0
 
 
 def main(channel_fd: int, *, has_workers: bool) -> int:
@@ -39,7 +47,8 @@ def main(channel_fd: int, *, has_workers: bool) -> int:
         importlib.import_module("cfs.mount")  # and ours only now, to let it start soon
         handover = receive(starter)
         if handover is None:
-            session.end()
+            session.kill()
+            session.reap()
             return 0
         return _Supervisor(handover, starter, session).run(signals)
 
@@ -62,7 +71,14 @@ def _print(text: str) -> None:
 
 
 class _Session:
-    """A session process and our end of its channel."""
+    """A session process and our end of its channel.
+
+    Attributes:
+        pidfd: readable when the process has ended; -1 then.
+        is_talking: its channel has not ended.
+        witness: pidfd of a thread that ends with it, or -1.
+        has_lost_witness: that was gone before we could watch it.
+    """
 
     def __init__(self, *, has_workers: bool) -> None:
         self.channel, theirs = channel_pair()
@@ -70,11 +86,21 @@ class _Session:
             self._process = spawn("session", theirs, has_workers=has_workers)
         self.pidfd = os.pidfd_open(self._process.pid)
         self.is_talking = True
+        self.witness = -1
+        self.has_lost_witness = False
 
-    def end(self) -> None:
-        """End it at once, whatever it does."""
+    def watch(self, tid: int) -> None:
+        """Watch its witness."""
+        try:
+            self.witness = os.pidfd_open(tid, _PIDFD_THREAD)
+        except ProcessLookupError:
+            self.has_lost_witness = True
+        except OSError:  # before Linux 6.9, where nothing is pushed
+            pass
+
+    def kill(self) -> None:
+        """Kill it; it may take its time."""
         self._process.kill()
-        self.reap()
 
     def reap(self) -> int:
         """Wait until it has ended and return its status."""
@@ -82,8 +108,21 @@ class _Session:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.channel.close()
-        self.pidfd = -1
+            if self.witness >= 0:
+                os.close(self.witness)
+        self.pidfd = self.witness = -1
         return status
+
+
+def _have_ended(sessions: Sequence[_Session], seconds: float) -> bool:
+    """Wait until the processes have ended, at most so long."""
+    deadline = time.monotonic() + seconds
+    for session in sessions:
+        poll = select.poll()
+        poll.register(session.pidfd, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return False
+    return True
 
 
 class _Supervisor:
@@ -93,20 +132,22 @@ class _Supervisor:
         self._handover = handover
         self._starter: socket.socket | None = starter
         self._session = session
+        self._stuck: list[_Session] = []  # have a successor, and end soon
         self._deaths = Deaths()
         self._may_stay = self._is_serving = self._is_told_to_end = False
         self._detaching: threading.Thread | None = None
+        self._is_detached = False
         self._deadline: float | None = None
         self._status: int | None = None
 
     def run(self, signals: socket.socket) -> int:
         """Keep the mount until it ends; return the exit status."""
-        self._brief()
+        self._brief(self._session)
         while self._status is None:
             self._handle(self._wait(signals), signals)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._status = 0
-        self._session.end()
+        self._end_sessions()
         # without descriptors the connection is aborted, so nobody hangs and nothing blocks us
         for fd in self._handover.devices:
             os.close(fd)
@@ -119,7 +160,10 @@ class _Supervisor:
         """Return the descriptors that have something to tell."""
         session = self._session
         poll = select.poll()
-        for fd in (signals.fileno(), session.pidfd):
+        pidfds = [session.pidfd, *(stuck.pidfd for stuck in self._stuck)]
+        if session.witness >= 0:
+            pidfds.append(session.witness)
+        for fd in (signals.fileno(), *pidfds):
             poll.register(fd, select.POLLIN)
         if session.is_talking:
             poll.register(session.channel, select.POLLIN)
@@ -135,25 +179,40 @@ class _Supervisor:
         session = self._session
         if session.channel.fileno() in ready:
             self._hear_session()
+        for stuck in [stuck for stuck in self._stuck if stuck.pidfd in ready]:
+            self._stuck.remove(stuck)
+            self._bury(stuck)
         if session.pidfd in ready:
-            self._bury()
+            self._bury(session)
+        elif session.has_lost_witness or session.witness in ready:
+            self._part_with(session)
         if self._starter is not None and self._starter.fileno() in ready:
             self._hear_starter(self._starter)
         if signals.fileno() in ready:
             self._obey(signals.recv(MESSAGE_SIZE))
 
-    def _brief(self) -> None:
-        """Tell the session what it serves."""
+    def _brief(self, session: _Session, *, is_supervised: bool = True) -> None:
+        """Tell a session what it serves."""
         with suppress(OSError):  # dead already: its pidfd tells
-            send(self._session.channel, self._handover._replace(is_supervised=True))
+            send(session.channel, self._handover._replace(is_supervised=is_supervised))
 
     def _hear_session(self) -> None:
-        try:
-            message = self._session.channel.recv(MESSAGE_SIZE)
-        except ConnectionResetError:
-            message = b""
-        self._session.is_talking = bool(message)
-        if message == b"serving":
+        session = self._session
+        while session.is_talking:
+            try:
+                message = session.channel.recv(MESSAGE_SIZE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                message = b""
+            session.is_talking = bool(message)
+            self._heed(message)
+
+    def _heed(self, message: bytes) -> None:
+        """Do what follows from a word of the session."""
+        if message.startswith(b"witness "):
+            self._session.watch(int(message.split()[1]))
+        elif message == b"serving":
             if not self._is_serving:
                 self._tell(message)
             self._is_serving = True
@@ -211,27 +270,47 @@ class _Supervisor:
             self._detaching.start()
 
     def _detach(self) -> None:
-        """Take the mount out of the tree, if it is there still."""
+        """Take the mount out of the tree, once: its device number is soon somebody else's."""
         from cfs.mount import detach  # noqa: PLC0415 - see main
 
-        if self._handover.device is not None:
-            try:
-                detach(self._handover.mountpoint, self._handover.device)
-            except CfsError as error:
-                _print(f"supervisor: {error}")
+        if self._handover.device is None or self._is_detached:
+            return
+        try:
+            detach(self._handover.mountpoint, self._handover.device)
+            self._is_detached = True
+        except CfsError as error:
+            _print(f"supervisor: {error}")
 
-    def _bury(self) -> None:
+    def _part_with(self, session: _Session) -> None:
+        """Go on without a session whose witness has ended."""
+        if _have_ended([session], _EXIT_SECONDS):
+            self._bury(session)
+        elif self._deadline is not None:
+            self._status = 0
+        else:
+            self._stuck.append(session)
+            self._start_session()
+
+    def _start_session(self) -> None:
+        self._session = _Session(has_workers=True)
+        self._brief(self._session)
+
+    def _bury(self, session: _Session) -> None:
         """Start another session after one that died, or end with it."""
-        status = self._session.reap()
+        status = session.reap()
         if self._status is not None:
             return
         if status == 0 or self._deadline is not None:
             self._status = 0
+            if self._deadline is None:  # unmounted by others, or aborted
+                from cfs.mount import is_dead  # noqa: PLC0415 - see main
+
+                self._is_detached = not is_dead(self._handover.mountpoint)
             return
         reason = self._find_reason(status)
         if reason is None:
-            self._session = _Session(has_workers=True)
-            self._brief()
+            if session is self._session:
+                self._start_session()
             return
         text = f"session of {self._handover.mountpoint} {describe_status(status)}: {reason}"
         if self._is_serving:
@@ -240,6 +319,18 @@ class _Supervisor:
             self._tell(f"failed: {text}".encode(errors="replace"))
         self._status = 1
 
+    def _end_sessions(self) -> None:
+        """Kill the sessions; one that is stuck gets the answer it waits for from another one."""
+        sessions = [session for session in (self._session, *self._stuck) if session.pidfd >= 0]
+        for session in sessions:
+            session.kill()
+        if not _have_ended(sessions, _KILL_SECONDS) and self._handover.has_workers:
+            last = _Session(has_workers=True)
+            self._brief(last, is_supervised=False)  # so it never pushes
+            _have_ended(sessions, _RELEASE_SECONDS)
+            last.kill()
+            last.reap()
+
     def _find_reason(self, status: int) -> str | None:
         """Return why there shall not be another session, or None."""
         if not self._handover.has_workers:
@@ -247,7 +338,7 @@ class _Supervisor:
         from cfs.fuse.dataplane import read_statistics  # noqa: PLC0415 - workers=0 needs none
 
         statistics = read_statistics(self._handover.state)
-        if statistics.is_negotiated and not statistics.flags & _HAS_RESEND:
+        if statistics.is_negotiated and not statistics.can_resend:
             return "the kernel cannot resend its requests (Linux 6.9 or later can)"
         nr_answered = sum(statistics.requests.values())
         if self._deaths.is_hopeless(status, nr_answered, time.monotonic()):

@@ -22,6 +22,8 @@ pytest.importorskip("cfs.fuse._worker", reason="the data plane is not built")
 NR_KILLS = int(os.environ.get("CFS_KILLS", "20"))
 DEADLINE = 60
 WAYS = ["buffered", "mapped", "direct", "walk", "copy", "copy", "anything"]
+PUSHED = ["copy", "copy", "copy", "copy", "buffered", "walk"]
+END_SECONDS = 5  # 2 on a machine that does nothing else
 HAS_RESEND = 1 << 39
 Begin = Callable[[ServeOptions], tuple[Mount, Path]]
 
@@ -80,6 +82,41 @@ def test_readers_notice_no_kill(passthrough: Passthrough, begin: Begin, mnt: Pat
     assert mount.statistics().sessions == NR_KILLS + 1
 
 
+def test_kills_while_contents_are_pushed(begin: Begin, mnt: Path) -> None:
+    """A push may wait in the kernel for a reader; see test_stuck.py."""
+    mount, copy = begin(ServeOptions(workers=4))
+    if not has_resend(mount):
+        pytest.skip("the kernel cannot resend requests, so nothing is pushed")
+    with hammering(PUSHED, mnt, copy) as hammers:
+        with dropping_caches(mnt, 0.005):
+            kill_at_random_moments(mount, hammers)
+        said = hammers.finish()
+    assert all(text.isdigit() and int(text) > 0 for text in said), said
+    assert mount.statistics().counters["pushes"] > 0
+    assert mount.statistics().sessions == NR_KILLS + 1
+
+
+@pytest.mark.parametrize("way", ["unmount", "sigterm"])
+def test_end_under_load(begin: Begin, mnt: Path, way: str) -> None:
+    mount, copy = begin(ServeOptions(workers=4))
+    session = os.pidfd_open(mount.statistics().session_pid)
+    with hammering(PUSHED, mnt, copy) as hammers:
+        with dropping_caches(mnt, 0.005):
+            pause(0.5)
+        assert hammers.all_run()
+        begun = time.monotonic()
+        if way == "unmount":
+            mount.unmount(0.2)
+        else:
+            os.kill(mount.pid, signal.SIGTERM)
+            assert mount.wait(DEADLINE) == 0
+        seconds = time.monotonic() - begun
+        hammers.wait(DEADLINE)
+    assert select.select([session], [], [], 0)[0]
+    os.close(session)
+    assert seconds < END_SECONDS
+
+
 def test_without_resend_readers_get_errors_at_once(
     begin: Begin, mnt: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +162,6 @@ def test_session_outlives_its_supervisor(begin: Begin, mnt: Path) -> None:
         said = hammers.finish()
     assert all(text.isdigit() for text in said), said
     mount.unmount(0.2)
-    has_ended = select.select([session], [], [], 0)[0]
+    has_ended = select.select([session], [], [], DEADLINE)[0]
     os.close(session)
     assert has_ended

@@ -38,7 +38,8 @@ def load(mnt: Path, objects: Path, tmp_path: Path) -> Iterator[Load]:
             vector = make_tree(objects, copy)
             mount = start(vector, mnt, [objects], name="load", options=options)
             stack.callback(mount.unmount, 0.2)
-            hammers = stack.enter_context(hammering(["interrupted"] * NR_PROCESSES, mnt, copy))
+            ways = ["interrupted"] * (NR_PROCESSES - 2) + ["copy"] * 2  # whose files are pushed
+            hammers = stack.enter_context(hammering(ways, mnt, copy))
             stack.enter_context(dropping_caches(mnt, 0.1))
             return mount, hammers
 

@@ -125,6 +125,8 @@ def test_session_killed_again_and_again_while_it_starts(
     mnt: Path, objects: Path, vector: InodeVector
 ) -> None:
     with Launcher() as launcher:
+        # just after its exec a process has no arguments yet
+        wait_until(lambda: any(map(is_supervisor, children_of(os.getpid()))), "the supervisor")
         (supervisor,) = [pid for pid in children_of(os.getpid()) if is_supervisor(pid)]
         wait_until(lambda: children_of(supervisor), "the first session")
         killer = threading.Thread(target=kill_children, args=(supervisor, 8))
@@ -345,3 +347,14 @@ def test_starter_that_goes_before_it_says_anything() -> None:
             process = spawn(name, theirs, has_workers=True)
         ours.close()
         assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.usefixtures("root")
+def test_mount_that_follows_an_unmounted_one_stays(mnt: Path, vector: InodeVector) -> None:
+    """Device numbers are used again at once, also by whoever mounts there next."""
+    for _ in range(5):
+        mount = start(vector, mnt, [], name="x")
+        subprocess.run(["umount", str(mnt)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "next", str(mnt)], check=True)
+        assert mount.wait(DEADLINE) == 0
+        subprocess.run(["umount", str(mnt)], check=True)  # it is there still

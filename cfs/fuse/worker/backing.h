@@ -34,7 +34,7 @@ struct cfs_objects {
 	uint32_t nr_slots; /* in use; they never shrink */
 	uint32_t slot_hand;
 
-	/* Digests being checked: row plus 1 by thread; under verify_lock, never held while reading. */
+	/* Digests being checked, row plus 1 by thread: under verify_lock, not held meanwhile. */
 	pthread_mutex_t verify_lock;
 	pthread_cond_t verify_done;
 	uint32_t verifying[CFS_MAX_THREADS];
@@ -55,6 +55,12 @@ static inline bool cfs_is_inline(const struct cfs_table *table, uint32_t ino)
 	return table->inline_size[ino] == table->size[ino];
 }
 
+/* Decided by INIT, for as long as the mount lives. */
+static inline bool cfs_uses_passthrough(const struct cfs_worker *worker)
+{
+	return __atomic_load_n(&worker->state->use_passthrough, __ATOMIC_RELAXED);
+}
+
 /* Take a lock; only if it is taken already does the lead go to another thread. */
 static inline void cfs_lock(struct cfs_thread *thread, pthread_mutex_t *lock)
 {
@@ -72,7 +78,7 @@ static inline void cfs_lock(struct cfs_thread *thread, pthread_mutex_t *lock)
  */
 int cfs_object_open(struct cfs_thread *thread, uint32_t ino, int *fd);
 
-/* The object of a row, unchecked: a descriptor or -errno.  thread: NULL if blocking is no matter. */
+/* The object of a row, unchecked: a descriptor or -errno.  thread: NULL if it may block. */
 int cfs_object_open_row(struct cfs_worker *worker, struct cfs_thread *thread, uint32_t row);
 
 /* The same from the cache; good until cfs_object_put(), one at a time for each thread. */

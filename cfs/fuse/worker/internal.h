@@ -67,7 +67,8 @@ struct cfs_worker {
 	struct cfs_objects *objects;
 	int stop_fd; /* eventfd: readable when the threads shall end */
 	bool is_ending; /* set with it; atomic */
-	unsigned int nr_running; /* threads to be joined; of who starts and stops */
+	unsigned int nr_running; /* threads to be joined; of who starts and stops, as the next */
+	bool has_ended_pushes; /* we have push_lock, for ever */
 	/* news.c */
 	uint32_t events;
 	char failure[256];

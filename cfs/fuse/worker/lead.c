@@ -4,9 +4,10 @@
  * One thread, the leader, touches the device; the others wait on a futex, because a second reader
  * would be woken by each request for nothing.  A leader that finds the queue empty either sleeps,
  * and pays for being woken, or asks again and again for a while, and takes the CPU from its
- * clients.  Which is better depends on what else the machine does: now and then it tries both in
- * turn, for some requests each, and keeps the one with which they took less time.  Not only waits
- * are compared: who polls on a busy machine pays by losing the CPU at any other moment.
+ * clients.  Which is better depends on what else the machine does, and polling tells by itself: with
+ * a CPU to spare the next request is there within some 40 us, without one it comes when we have
+ * gone to sleep.  So polling goes on while it finds requests, and pauses when it fails too often,
+ * the longer the more often in a row that happens.
  *
  * Of struct cfs_lead, word and nr_waiting are atomic; the rest belongs to the leader.
  */
@@ -23,12 +24,14 @@
 enum { FREE, TAKEN, AWAITED }; /* values of word */
 
 enum {
-	POLL_NS = 120000, /* longest polling after a reply: about five wake-ups */
-	IDLE_NS = 500000, /* what a wait exceeds this by is the client's own time */
-	EPOCH_REQUESTS = 32,
-	MIN_EPOCHS = 4, /* of a comparison, polling in every other one */
-	MAX_EPOCHS = 16,
-	LOOK_NS = 500000000 /* between comparisons, which cost some ms at most */
+	POLL_NS = 80000, /* longest polling after a reply: three or four wake-ups */
+	/* a failure costs as much as some successes gain */
+	MAX_CREDIT = 16,
+	START_CREDIT = 8,
+	FAILURE_COST = 8,
+	/* in waits */
+	MIN_PAUSE = 32,
+	MAX_PAUSE = 512
 };
 
 struct cfs_lead {
@@ -36,13 +39,9 @@ struct cfs_lead {
 	uint32_t nr_waiting;
 	/* the leader's */
 	uint64_t poll_ns;
-	bool is_polling;
-	bool is_comparing;
-	uint32_t nr_requests; /* in this epoch */
-	uint32_t nr_epochs;
-	uint64_t epoch_start_ns; /* later by what was idle since */
-	uint64_t spent_ns[2]; /* without and with polling */
-	uint64_t compare_at_ns;
+	int32_t credit; /* a pause when it falls below 0 */
+	uint32_t pause; /* the next one */
+	uint32_t nr_paused; /* waits until polling is tried again */
 };
 
 static uint64_t now_ns(void)
@@ -61,7 +60,8 @@ int cfs_lead_init(struct cfs_worker *worker)
 	if (!lead)
 		return -ENOMEM;
 	lead->poll_ns = max_poll_us == UINT32_MAX ? POLL_NS : max_poll_us * (uint64_t)1000;
-	lead->compare_at_ns = lead->poll_ns ? 0 : UINT64_MAX;
+	lead->credit = START_CREDIT;
+	lead->pause = MIN_PAUSE;
 	worker->lead = lead;
 	return 0;
 }
@@ -130,55 +130,29 @@ static bool has_more(const struct cfs_thread *thread)
 	       poll(&device, 1, 0) > 0;
 }
 
-static void start_comparing(struct cfs_lead *lead, uint64_t now)
+/* Whether to poll in this wait. */
+static bool wants_to_poll(struct cfs_lead *lead)
 {
-	lead->is_comparing = true;
-	lead->nr_requests = 0;
-	lead->nr_epochs = 0;
-	lead->epoch_start_ns = now;
-	lead->spent_ns[false] = 0;
-	lead->spent_ns[true] = 0;
+	if (lead->nr_paused > 0) {
+		lead->nr_paused--;
+		return false;
+	}
+	return lead->poll_ns > 0;
 }
 
-/* After as many epochs with polling as without: choose, early if the difference is clear. */
-static void try_to_choose(struct cfs_lead *lead, uint64_t now)
+static void note_poll(struct cfs_lead *lead, bool has_found)
 {
-	uint64_t asleep = lead->spent_ns[false], polling = lead->spent_ns[true];
-	bool is_clear = 2 * polling >= 3 * asleep || 2 * asleep >= 3 * polling;
-
-	if (lead->nr_epochs < (is_clear ? MIN_EPOCHS : MAX_EPOCHS))
+	if (has_found) {
+		if (lead->credit < MAX_CREDIT && ++lead->credit == MAX_CREDIT)
+			lead->pause = MIN_PAUSE;
 		return;
-	lead->is_comparing = false;
-	lead->compare_at_ns = now + LOOK_NS;
-	/* polling costs CPU time: it has to be clearly better */
-	lead->is_polling = polling < asleep / 10 * 9;
-}
-
-/* A request has been read. */
-static void note_request(struct cfs_lead *lead)
-{
-	uint64_t now;
-
-	if (!lead->is_comparing || ++lead->nr_requests < EPOCH_REQUESTS)
+	}
+	lead->credit -= FAILURE_COST;
+	if (lead->credit >= 0)
 		return;
-	now = now_ns();
-	lead->spent_ns[lead->is_polling] += now - lead->epoch_start_ns;
-	lead->nr_requests = 0;
-	lead->epoch_start_ns = now;
-	lead->is_polling = !lead->is_polling;
-	if (++lead->nr_epochs % 2 == 0)
-		try_to_choose(lead, now);
-}
-
-/* The queue was empty at start, and is no longer. */
-static void note_wait(struct cfs_lead *lead, uint64_t start)
-{
-	uint64_t now = now_ns();
-
-	if (lead->is_comparing && now - start > IDLE_NS)
-		lead->epoch_start_ns += now - start - IDLE_NS;
-	else if (!lead->is_comparing && now >= lead->compare_at_ns)
-		start_comparing(lead, now);
+	lead->credit = START_CREDIT;
+	lead->nr_paused = lead->pause;
+	lead->pause = lead->pause < MAX_PAUSE ? 2 * lead->pause : MAX_PAUSE;
 }
 
 static void sleep_for_request(const struct cfs_thread *thread)
@@ -205,28 +179,36 @@ static ssize_t read_message(const struct cfs_thread *thread)
 	return size ? size : -ENODEV; /* a socket (tests) ends like a file */
 }
 
-/* Wait until a message is there: its size, or -errno; -ECANCELED when the threads shall end. */
-static ssize_t wait_for_message(const struct cfs_thread *thread)
+/* Ask for a message again and again: its size, or -errno; -EAGAIN if none came. */
+static ssize_t poll_for_message(const struct cfs_thread *thread)
 {
 	struct cfs_lead *lead = thread->worker->lead;
-	uint64_t start = now_ns();
-	uint64_t until = lead->is_polling ? start + lead->poll_ns : start;
-	bool has_slept = false;
+	uint64_t until = now_ns() + lead->poll_ns;
 	ssize_t size;
 
 	do {
 		if (is_ending(thread->worker))
 			return -ECANCELED;
-		if (now_ns() >= until) {
-			sleep_for_request(thread);
-			has_slept = true;
-		}
 		size = read_message(thread);
-	} while (size == -EAGAIN);
-	if (size > 0) {
-		note_wait(lead, start);
-		if (!has_slept)
-			cfs_count(&cfs_counters(thread)->polls, 1);
+	} while (size == -EAGAIN && now_ns() < until);
+	note_poll(lead, size > 0);
+	if (size > 0)
+		cfs_count(&cfs_counters(thread)->polls, 1);
+	return size;
+}
+
+/* Wait until a message is there: its size, or -errno; -ECANCELED when the threads shall end. */
+static ssize_t wait_for_message(const struct cfs_thread *thread)
+{
+	ssize_t size = -EAGAIN;
+
+	if (wants_to_poll(thread->worker->lead))
+		size = poll_for_message(thread);
+	while (size == -EAGAIN) {
+		if (is_ending(thread->worker))
+			return -ECANCELED;
+		sleep_for_request(thread);
+		size = read_message(thread);
 	}
 	return size;
 }
@@ -263,7 +245,6 @@ bool cfs_receive(struct cfs_thread *thread)
 			cfs_end_threads(thread->worker);
 			break;
 		}
-		note_request(thread->worker->lead);
 		thread->in_size = (size_t)size;
 		if (check_message(thread)) {
 			if (has_more(thread))

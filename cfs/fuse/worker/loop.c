@@ -10,9 +10,10 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "backing.h"
 
 enum { PAGE_SIZE = 4096, BUFFERS_SIZE = CFS_IN_SIZE + CFS_DATA_SIZE };
 
@@ -139,6 +140,8 @@ void cfs_worker_destroy(struct cfs_worker *worker)
 	unsigned int i;
 
 	cfs_relay_deinit(worker);
+	if (worker->has_ended_pushes)
+		pthread_mutex_unlock(&worker->objects->push_lock);
 	if (worker->objects)
 		cfs_objects_deinit(worker);
 	cfs_lead_deinit(worker);
@@ -191,6 +194,9 @@ int cfs_worker_start(struct cfs_worker *worker)
 	sigset_t all, before;
 	int ret;
 
+	/* before it dumps core a process waits for all its threads, and a push may hang for ever */
+	if (!worker->has_ended_pushes)
+		prctl(PR_SET_DUMPABLE, 0);
 	__atomic_store_n(&state->session_pid, getpid(), __ATOMIC_RELAXED);
 	if (__atomic_fetch_add(&state->nr_sessions, 1, __ATOMIC_ACQ_REL) > 0)
 		ask_for_unanswered(worker);
@@ -208,8 +214,17 @@ int cfs_worker_start(struct cfs_worker *worker)
 	return ret;
 }
 
+void cfs_worker_end_pushes(struct cfs_worker *worker)
+{
+	if (!worker->has_ended_pushes)
+		pthread_mutex_lock(&worker->objects->push_lock);
+	worker->has_ended_pushes = true;
+}
+
 void cfs_worker_stop(struct cfs_worker *worker)
 {
+	/* who pushes needs the others, to answer what it waits for */
+	cfs_worker_end_pushes(worker);
 	cfs_end_threads(worker);
 	while (worker->nr_running > 0)
 		pthread_join(worker->threads[--worker->nr_running].thread, NULL);

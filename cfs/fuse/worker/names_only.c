@@ -4,7 +4,7 @@
  * The kernel makes an inode for each entry that READDIRPLUS describes, which costs "find" more than
  * all the rest.  So directories are listed in names-only form: subdirectories are described,
  * everything else is but named.  A LOOKUP of a file in such a directory shows that files are
- * looked at; then the next 16 directories are listed in full, after the next such LOOKUP 64, and
+ * looked at; then the next 64 directories are listed in full, after the next such LOOKUP 2048, and
  * so on.  The kernel caches listings, and would ask for each file of those in names-only form: it
  * is made to forget them.  Not that of the directory itself and those above it: a walk that is in
  * the middle of them knows their names already, and leaves all of their files in the cache.
@@ -15,7 +15,7 @@
  */
 #include "ops.h"
 
-enum { FIRST_GRANT_BITS = 4, GRANT_BITS = 2, MAX_GRANT_BITS = 20, MAX_DEPTH = 2048 };
+enum { FIRST_GRANT_BITS = 6, GRANT_BITS = 5, MAX_GRANT_BITS = 20, MAX_DEPTH = 2048 };
 
 /* Take one of the listings that are to be full; the count may fall a little below 0. */
 static bool take_full_listing(struct cfs_worker *worker)

@@ -32,7 +32,7 @@ void cfs_passthrough_init(struct cfs_worker *worker)
 	struct cfs_objects *objects = worker->objects;
 	uint64_t ino;
 
-	if (!worker->state->use_passthrough)
+	if (!cfs_uses_passthrough(worker))
 		return;
 	for (ino = 0; ino < worker->table.nr_inodes; ino++) {
 		uint32_t id = worker->backing[ino].id;
@@ -178,7 +178,7 @@ static int open_object(struct cfs_thread *thread, uint32_t ino, struct cfs_open_
 	struct cfs_backing now;
 	int fd, ret;
 
-	if (thread->worker->state->use_passthrough) {
+	if (cfs_uses_passthrough(thread->worker)) {
 		ret = get_backing(thread, ino, &now);
 		if (!ret && now.id != SERVED) {
 			out->open_flags = CFS_FOPEN_PASSTHROUGH;
@@ -212,6 +212,6 @@ void cfs_release(struct cfs_thread *thread, uint32_t ino, uint64_t fh)
 {
 	(void)fh; /* the inode says it all, also to a session that did not open it */
 	cfs_reply(thread, NULL, 0);
-	if (thread->worker->state->use_passthrough && !cfs_is_inline(&thread->worker->table, ino))
+	if (cfs_uses_passthrough(thread->worker) && !cfs_is_inline(&thread->worker->table, ino))
 		remove_open(&thread->worker->backing[ino]);
 }

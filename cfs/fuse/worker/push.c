@@ -3,9 +3,9 @@
  *
  * Evidence that contents are wanted is a READ in a directory that was listed lately.  Who reads
  * pushed files is not heard, so credit is needed: a READ in a listed directory raises it, the
- * push of a directory spends it, and when it runs low a directory's first small file is left out:
+ * push of a directory spends it, and when it runs low one small file of a directory is left out:
  * its READ says that contents are still wanted.  A walk that only stats never gets credit; one
- * that follows a reading walk spends at most what was left, a few directories.
+ * that follows a reading walk spends what was left of its credit, once.
  *
  * The kernel holds the locks of the pages that a READ asks for, and a push of one of them waits,
  * in uninterruptible sleep, for the answer to that READ.  So only one thread may push at a time,
@@ -24,7 +24,7 @@ enum {
 	MAX_DIRECTORY_SIZE = 4 * 1024 * 1024, /* in whole pages, so at most 1024 files */
 	PAGE = 4096,
 	CREDIT_BY_READ = 8,
-	MAX_CREDIT = 16,
+	MAX_CREDIT = 256, /* find, grep -r list that many directories before they read */
 	LOW_CREDIT = 8, /* from here on leave one file out */
 	MAX_FAILURES = 8 /* of a directory: objects not in the page cache, or unknown inodes */
 };
@@ -48,7 +48,7 @@ static bool clear_flag(struct cfs_worker *worker, uint32_t ino, uint8_t flag)
 static bool may_push(const struct cfs_worker *worker)
 {
 	return worker->config.nr_devices > 1 && !worker->config.is_metadata_only &&
-	       !worker->state->use_passthrough;
+	       !cfs_uses_passthrough(worker);
 }
 
 static bool is_pushing(const struct cfs_worker *worker, uint32_t directory)

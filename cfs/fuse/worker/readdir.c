@@ -113,19 +113,17 @@ void cfs_answer_readdirplus(struct cfs_thread *thread, uint32_t ino)
 	struct listing listing = { .table = &thread->worker->table, .directory = ino,
 				   .has_attributes = true, .data = thread->data,
 				   .room = in->size < CFS_DATA_SIZE ? in->size : CFS_DATA_SIZE };
-	bool is_end;
 
 	if (!S_ISDIR(listing.table->mode[ino])) {
 		cfs_reply_error(thread, ENOTDIR);
 		return;
 	}
-	is_end = in->offset >= nr_entries(listing.table, ino);
 	listing.is_names_only = cfs_is_names_only(thread, ino, in->offset);
+	/* at the end every file that was listed with attributes is known to the kernel */
+	if (in->offset >= nr_entries(listing.table, ino) && !listing.is_names_only)
+		cfs_push_directory(thread, ino);
 	list(&listing, in->offset);
 	if (listing.leaves_out)
 		cfs_note_names_only(thread, ino);
 	cfs_reply(thread, listing.data, listing.size);
-	/* every file that was listed with attributes is known to the kernel by now */
-	if (is_end && !listing.is_names_only)
-		cfs_push_directory(thread, ino);
 }

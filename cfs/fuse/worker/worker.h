@@ -122,6 +122,13 @@ const char *cfs_worker_failure(const struct cfs_worker *worker);
 /* 1 and the oldest log entry, or 0. */
 int cfs_worker_next_log(struct cfs_worker *worker, struct cfs_log_entry *entry);
 
+/*
+ * Push no contents from now on; waits for a push under way, so the threads must serve.  For a
+ * session that nobody replaces: if it were killed while it pushes, nobody would answer the request
+ * that the push may wait for.
+ */
+void cfs_worker_end_pushes(struct cfs_worker *worker);
+
 /* End all threads and wait for them; then, if it is its time, destroy. */
 void cfs_worker_stop(struct cfs_worker *worker);
 void cfs_worker_destroy(struct cfs_worker *worker);

@@ -290,7 +290,7 @@ def test_next_session_asks_for_unanswered_requests(bench: Bench) -> None:
 
 # ---- relay ----
 
-COLD = request(Opcode.IOCTL, 10, bytes(32))
+COLD = request(Opcode.BMAP, 10, bytes(16))
 
 
 def test_without_relay_cold_requests_are_unknown(bench: Bench) -> None:
@@ -320,7 +320,7 @@ def test_cold_requests_go_to_pyfuse3_and_back(bench: Bench) -> None:
 def test_cold_requests_wait_for_pyfuse3_while_hot_ones_are_served(bench: Bench) -> None:
     bench.plane().start()
     bench.ask(INIT)
-    cold = [request(Opcode.IOCTL, unique, bytes(32)) for unique in range(10, 1010, 2)]
+    cold = [request(Opcode.BMAP, unique, bytes(16)) for unique in range(10, 1010, 2)]
     for message in cold:
         bench.kernel.send(message)
         assert bench.ask(request(Opcode.GETATTR, 2000, bytes(16)))[:2] == (0, 2000)
@@ -337,7 +337,7 @@ def test_when_nobody_takes_cold_requests_they_fail_at_last(bench: Bench) -> None
     bench.ask(INIT)
     nr_lost = 10_000
     for unique in range(10, 10 + 2 * nr_lost, 2):
-        bench.kernel.send(request(Opcode.IOCTL, unique, bytes(32)))
+        bench.kernel.send(request(Opcode.BMAP, unique, bytes(16)))
         if select.select([bench.kernel], [], [], 0)[0]:
             break
     assert bench.answer()[0] == -errno.EAGAIN
@@ -351,5 +351,5 @@ def test_cold_requests_fail_when_pyfuse3_goes(bench: Bench) -> None:
     assert bench.pyfuse3.recv(1 << 16) == COLD
     bench.pyfuse3.close()
     assert bench.answer() == (-errno.EIO, 10, b"")
-    assert bench.ask(request(Opcode.IOCTL, 12, bytes(32))) == (-errno.EIO, 12, b"")
+    assert bench.ask(request(Opcode.BMAP, 12, bytes(16))) == (-errno.EIO, 12, b"")
     assert bench.ask(request(Opcode.GETATTR, 14, bytes(16)))[:2] == (0, 14)
