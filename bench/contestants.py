@@ -132,17 +132,17 @@ class Server:
         """Return what the server's processes have used so far."""
         ticks = 0
         for pid in self.pids:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
+            with suppress(FileNotFoundError):  # a helper of the start, ended since
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
         return ticks / _TICKS
 
     def peak_bytes(self) -> int:
         """Return the sum of the largest resident sizes, shared pages included."""
-        lines = (
-            line
-            for pid in self.pids
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        )
+        lines: list[str] = []
+        for pid in self.pids:
+            with suppress(FileNotFoundError):
+                lines += Path(f"/proc/{pid}/status").read_text().splitlines()
         return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
