@@ -7,6 +7,7 @@ mount in place through fusermount3.  No shared state: any thread may call.
 import errno
 import os
 import stat
+import time
 
 from cfs.errors import MountError
 from cfs.linux.fusedev import fusermount, fusermount_detach, open_device
@@ -65,6 +66,8 @@ def is_dead(path: str) -> bool:
     """Whether a path is a FUSE mount whose server has gone."""
     try:
         os.statvfs(path)  # a dead mount may still know its root, but never this
+        # an overlay asks its upper directory; of a name that is new it asks all layers
+        os.lstat(f"{path}/.cfs-{os.getpid()}-{time.monotonic_ns()}")
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
@@ -82,6 +85,15 @@ def detach(mountpoint: str, device: int | None = None) -> None:
     """
     if device is not None and mounted_at(mountpoint) != device:
         return
+    try:
+        _detach_topmost(mountpoint)
+    except MountError:
+        # starter and supervisor may be told to end at once: one of them is faster
+        if device is None or mounted_at(mountpoint) == device:
+            raise
+
+
+def _detach_topmost(mountpoint: str) -> None:
     try:
         detach_mount(mountpoint)
     except PermissionError:
@@ -104,10 +116,13 @@ class FuseMount:
 
     Attributes:
         device_fd: the FUSE device to serve.
+        device: device number of a mount made in place, which is visible already; else None.
 
     Raises:
         MountError: the kernel or fusermount3 refused.
     """
+
+    device: int | None = None
 
     def __init__(self, mountpoint: str, name: str, *, allow_other: bool) -> None:
         self._mountpoint = mountpoint
@@ -128,6 +143,7 @@ class FuseMount:
                     raise
         if self._mount_fd < 0:
             device_fd = _mount_in_place(mountpoint, source, allow_other=allow_other)
+            self.device = mounted_at(mountpoint)
         self.device_fd = device_fd
 
     def release_device(self) -> None:
@@ -158,8 +174,8 @@ class FuseMount:
 
     def discard(self) -> None:
         """Take back a mount that was made in place."""
-        if self._mount_fd < 0:
-            detach(self._mountpoint)
+        if self.device is not None:
+            detach(self._mountpoint, self.device)
 
     def close(self) -> None:
         """Close our descriptors; a mount that was not attached is gone then."""

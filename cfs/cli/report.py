@@ -70,4 +70,5 @@ def _replace_closed_streams() -> None:
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
+            os.set_inheritable(fd, True)
             setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8", closefd=False))

@@ -1,6 +1,7 @@
 """``cfsctl fuse-serve``: serve an image file over FUSE (spec cli-and-varlink c.7)."""
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -109,8 +110,10 @@ def _print(mount: "Mount") -> None:
     try:
         statistics = mount.statistics()
     except UnsupportedError as error:
-        click.echo(str(error), err=True)
+        text = str(error)
     else:
         from cfs.fuse.statistics import format_statistics
 
-        click.echo(format_statistics(statistics), err=True)
+        text = format_statistics(statistics)
+    with suppress(OSError):  # whoever read it has gone: no reason to end
+        click.echo(text, err=True)

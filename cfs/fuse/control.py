@@ -61,7 +61,9 @@ class _Control:
         self._ready = trio.Event()
         self._settled = trio.Event()  # the mount is visible, or never will be
         self._device = handover.device
-        self._may_stay = self._is_supervised = handover.is_supervised
+        self._is_supervised = handover.is_supervised
+        # nobody could find a session without workers that outlived its supervisor
+        self._may_stay = handover.is_supervised and handover.has_workers
         if self._device is not None:
             self._settled.set()
 

@@ -5,7 +5,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cfs.fuse.mounts import GRACE_SECONDS, Mount
 
@@ -41,10 +41,11 @@ def serve_foreground(
                 if ended in readable:
                     break
                 numbers = set(signals.recv(len(_SIGNALS)))
-                if numbers - {signal.SIGUSR1}:
+                if numbers & {signal.SIGINT, signal.SIGTERM}:
                     mount.unmount(grace)
                     return 0
-                report(mount)
+                if signal.SIGUSR1 in numbers:  # all that have handlers come here
+                    report(mount)
     finally:
         os.close(ended)
     return 0 if mount.wait() == 0 else 1
@@ -69,5 +70,6 @@ def _signal_pipe() -> Iterator[socket.socket]:
 def _notify(path: str, message: bytes) -> None:
     """Tell systemd; sd_notify(3)."""
     address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+    # sd_notify(3) recommends to ignore failure: who set the variable may have gone
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.sendto(message, address)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple, Self
 
-from cfs.errors import MountError
+from cfs.errors import MountError, UnsupportedError
 from cfs.fuse.handover import MESSAGE_SIZE, Handover, channel_pair, send
 from cfs.fuse.mounts import GRACE_SECONDS, Mount
 from cfs.fuse.options import DEFAULT, Mode, Passthrough, ServeOptions, Verify
@@ -48,6 +48,9 @@ class Launcher:
     def __init__(self, options: ServeOptions = DEFAULT, *, background: bool = False) -> None:
         self._options = options
         self._nr_workers = _count_workers(options)
+        if not self._nr_workers and options.passthrough is Passthrough.ON:
+            msg = "passthrough needs the extension cfs.fuse._worker, which was not built"
+            raise UnsupportedError(msg)
         self._channel, theirs = channel_pair()
         name = "supervisor" if options.supervise else "session"
         with theirs:
@@ -163,7 +166,7 @@ class Launcher:
                 for fd in devices:
                     os.set_blocking(fd, False)
             with suppress(BrokenPipeError):  # dead by now: the wait for its word will tell
-                send(self._channel, settings._replace(devices=devices))
+                send(self._channel, settings._replace(devices=devices, device=mount.device))
         mount.release_device()
 
     def _wait_until_serving(self) -> None:

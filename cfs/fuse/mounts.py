@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfs.errors import UnsupportedError
+from cfs.errors import MountError, UnsupportedError
 from cfs.linux.fusedev import abort_connection
 from cfs.mount import detach, is_dead
 
@@ -62,6 +62,7 @@ class Mount:
         self._channel = channel
         self._state_fd = state_fd
         self._statistics: Statistics | None = None
+        self._is_over = False
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until the mount has ended; return the status of its process, 0 after any unmount.
@@ -80,8 +81,9 @@ class Mount:
         status = self._process.wait()
         self._close()
         # device numbers are used again soon: what is there now may be somebody else's
-        if status and (self._has_orphan or is_dead(self.mountpoint)):
+        if status and not self._is_over and (self._has_orphan or is_dead(self.mountpoint)):
             detach(self.mountpoint, self.device)
+        self._is_over = True
         return status
 
     def statistics(self) -> "Statistics":
@@ -152,8 +154,16 @@ class Mount:
                 _has_ended(session, _ABORT_SECONDS)
 
     def leave(self) -> None:
-        """Let the mount serve on when this process ends."""
-        self._channel.send(b"stay")
+        """Let the mount serve on when this process ends.
+
+        Raises:
+            MountError: its process has ended.
+        """
+        try:
+            self._channel.send(b"stay")
+        except OSError:
+            msg = f"{self.mountpoint}: the server ended at once"
+            raise MountError(msg) from None
         self._close()
 
     def _close(self) -> None:

@@ -36,7 +36,7 @@ _STDERR = 2
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9, as resending
 _EXIT_SECONDS = 0.05  # between the end of a thread and that of its process
 _KILL_SECONDS = 0.3
-_RELEASE_SECONDS = 1.0
+_RELEASE_SECONDS = 0.5
 
 
 def main(channel_fd: int, *, has_workers: bool) -> int:
@@ -292,7 +292,15 @@ class _Supervisor:
             self._start_session()
 
     def _start_session(self) -> None:
-        self._session = _Session(has_workers=True)
+        try:
+            self._session = _Session(has_workers=True)
+        except OSError as error:
+            mountpoint = self._handover.mountpoint
+            reason = f"session of {mountpoint} died, cannot start another: {error.strerror}"
+            _print(f"supervisor: {reason}")
+            self._tell(f"failed: {reason}".encode(errors="replace"))
+            self._status = 1
+            return
         self._brief(self._session)
 
     def _bury(self, session: _Session) -> None:
@@ -325,11 +333,12 @@ class _Supervisor:
         for session in sessions:
             session.kill()
         if not _have_ended(sessions, _KILL_SECONDS) and self._handover.has_workers:
-            last = _Session(has_workers=True)
-            self._brief(last, is_supervised=False)  # so it never pushes
-            _have_ended(sessions, _RELEASE_SECONDS)
-            last.kill()
-            last.reap()
+            with suppress(OSError):
+                last = _Session(has_workers=True)
+                self._brief(last, is_supervised=False)  # so it never pushes
+                _have_ended(sessions, _RELEASE_SECONDS)
+                last.kill()
+                last.reap()
 
     def _find_reason(self, status: int) -> str | None:
         """Return why there shall not be another session, or None."""
@@ -340,7 +349,7 @@ class _Supervisor:
         statistics = read_statistics(self._handover.state)
         if statistics.is_negotiated and not statistics.can_resend:
             return "the kernel cannot resend its requests (Linux 6.9 or later can)"
-        nr_answered = sum(statistics.requests.values())
+        nr_answered = statistics.counters["replies"]
         if self._deaths.is_hopeless(status, nr_answered, time.monotonic()):
             return "it died too often, giving up"
         return None

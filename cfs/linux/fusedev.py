@@ -87,8 +87,9 @@ def fusermount(mountpoint: str, options: Sequence[str]) -> int:
         MountError: with what the helper says.
     """
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        _run_helper(["-o", ",".join(options), "--", mountpoint], theirs)
+    with ours:
+        with theirs:  # ours ends with the helper then
+            _run_helper(["-o", ",".join(options), "--", mountpoint], theirs)
         _, fds = receive_fds(ours, 1, 1)
     if not fds:
         msg = f"{_HELPER} gave no device for {mountpoint}"

@@ -181,7 +181,7 @@ def test_bad_objects_fail_alone_and_are_logged_once(
             with pytest.raises(OSError, match=os.strerror(reason)):
                 Path(mnt / name.decode()).read_bytes()  # workers open at the first read
     assert (mnt / "good").read_bytes() == b"good"
-    mount.unmount()
+    mount.unmount(DEADLINE)
     logged = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nid")]
     assert len(logged) == len(files)
 

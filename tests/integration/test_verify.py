@@ -1,6 +1,7 @@
 """Objects that are not what the image says are never served, by whichever plane."""
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 
 import cfs
 from cfs.fsverity import measure
-from cfs.fuse import Mount, Verify
+from cfs.fuse import Mount, Passthrough, ServeOptions, Verify, serve
 from cfs.objectdir import ObjectDirectory
 
 Serve = Callable[..., Mount]
 pytestmark = pytest.mark.usefixtures("fuse")
+DEADLINE = 60
 GOOD, BAD = os.urandom(70_000), os.urandom(70_000)
 
 
@@ -44,7 +46,7 @@ def test_wrong_object_is_an_error_and_logged_once(
     for _ in range(2):
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
             (mnt / "bad").read_bytes()
-    mount.unmount()
+    mount.unmount(DEADLINE)  # what it logs may come late
     (line,) = capfd.readouterr().err.splitlines()
     assert "does not have the digest" in line
 
@@ -69,5 +71,53 @@ def test_require_takes_the_measure_of_the_kernel_only(
     mount = served(vector, verify=Verify.REQUIRE)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         (mnt / "good").read_bytes()
-    mount.unmount()
+    mount.unmount(DEADLINE)  # what it logs may come late
     assert "has no fs-verity" in capfd.readouterr().err
+
+
+def read_mapped(path: Path) -> bytes:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        return data[:]
+
+
+def read_direct(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        data = mmap.mmap(-1, 1 << 20)
+        return data[: os.readv(fd, [data])]
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("root")
+def test_passthrough_serves_no_wrong_object(
+    mnt: Path, objects: Path, vector: cfs.InodeVector
+) -> None:
+    options = ServeOptions(verify=Verify.OPEN, passthrough=Passthrough.ON)
+    with serve(vector, mnt, [objects], name="x", options=options):
+        for read in (Path.read_bytes, read_mapped, read_direct):
+            assert read(mnt / "good") == GOOD
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                read(mnt / "bad")
+
+
+def test_direct_read_of_a_wrong_object_is_an_error(
+    served: Serve, mnt: Path, vector: cfs.InodeVector
+) -> None:
+    served(vector, verify=Verify.OPEN)
+    assert read_direct(mnt / "good") == GOOD
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        read_direct(mnt / "bad")
+
+
+def test_object_altered_after_its_check_is_checked_again(
+    served: Serve, mnt: Path, objects: Path, vector: cfs.InodeVector
+) -> None:
+    served(vector, verify=Verify.OPEN)
+    assert read_direct(mnt / "good") == GOOD
+    path = vector.object_path(vector.resolve("good"))
+    assert path is not None
+    with (objects / os.fsdecode(path)).open("r+b") as file:
+        file.write(b"altered")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        read_direct(mnt / "good")

@@ -278,9 +278,17 @@ int cfs_object_get(struct cfs_thread *thread, uint32_t ino, int *fd_out)
 	struct cfs_slot *slot = row == CFS_NO_OBJECT ? NULL : find_slot(thread, row);
 
 	if (slot) {
+		int ret = 0;
+
 		cfs_count(&cfs_counters(thread)->object_hits, 1);
 		if (!__atomic_load_n(&slot->was_used, __ATOMIC_RELAXED))
 			__atomic_store_n(&slot->was_used, true, __ATOMIC_RELAXED);
+		if (worker->config.verify == CFS_VERIFY_OPEN) /* altered since? */
+			ret = check_object(thread, ino, slot->fd);
+		if (ret) {
+			cfs_object_put(thread);
+			return ret;
+		}
 	} else {
 		int fd, ret;
 

@@ -44,7 +44,7 @@ struct cfs_objects {
 	uint32_t nr_backing_ids;
 	uint32_t backing_hand;
 
-	/* Held while pushing: one thread at a time, see push.c. */
+	/* Held while a notification may wait: one thread at a time, see push.c, names_only.c. */
 	pthread_mutex_t push_lock;
 	int32_t push_credit; /* atomic */
 	uint32_t pushed_directory; /* now; 0: none, or somebody reads there; atomic */

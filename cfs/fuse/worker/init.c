@@ -9,10 +9,10 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
 	MIN_MINOR = 31, /* what libfuse speaks too */
-	MAX_PAGES = 256, /* CFS_DATA_SIZE */
 	MAX_PAGES_BEFORE_7_28 = 32,
 	MAX_WRITE = 4096, /* the least there is; nothing is ever written */
 	MAX_READAHEAD = 1024 * 1024,
@@ -25,8 +25,6 @@ enum {
 	 FUSE_PARALLEL_DIROPS | FUSE_ABORT_ERROR | FUSE_MAX_PAGES | FUSE_CACHE_SYMLINKS |        \
 	 FUSE_NO_OPENDIR_SUPPORT | FUSE_EXPLICIT_INVAL_DATA | FUSE_INIT_EXT | CFS_INIT_NO_EXPORT | \
 	 CFS_INIT_HAS_RESEND)
-
-_Static_assert(MAX_PAGES * 4096 <= CFS_DATA_SIZE, "the largest reply fits");
 
 /* What of this kernel's offer is used. */
 static uint64_t choose_flags(const struct cfs_thread *thread)
@@ -47,10 +45,16 @@ static uint64_t choose_flags(const struct cfs_thread *thread)
 	return flags & FUSE_INIT_EXT ? flags : (uint32_t)flags;
 }
 
+/* Of the machine's size, that a reply can hold. */
+static uint16_t most_pages(void)
+{
+	return (uint16_t)(CFS_DATA_SIZE / sysconf(_SC_PAGESIZE));
+}
+
 static void publish(struct cfs_worker *worker, uint32_t minor, uint64_t flags)
 {
 	struct cfs_state *state = worker->state;
-	uint32_t max_pages = flags & FUSE_MAX_PAGES ? MAX_PAGES : MAX_PAGES_BEFORE_7_28;
+	uint32_t max_pages = flags & FUSE_MAX_PAGES ? most_pages() : MAX_PAGES_BEFORE_7_28;
 
 	__atomic_store_n(&state->minor, minor, __ATOMIC_RELAXED);
 	__atomic_store_n(&state->flags, flags, __ATOMIC_RELAXED);
@@ -85,7 +89,7 @@ static void reply(struct cfs_thread *thread, uint32_t minor, uint64_t flags)
 		.congestion_threshold = CONGESTION,
 		.max_write = MAX_WRITE,
 		.time_gran = 1,
-		.max_pages = flags & FUSE_MAX_PAGES ? MAX_PAGES : 0,
+		.max_pages = flags & FUSE_MAX_PAGES ? most_pages() : 0,
 	};
 
 	if (flags & CFS_INIT_PASSTHROUGH)

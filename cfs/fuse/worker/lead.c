@@ -173,7 +173,7 @@ static ssize_t read_message(const struct cfs_thread *thread)
 
 	do {
 		size = read(thread->fd, thread->in, CFS_IN_SIZE);
-	} while (size < 0 && (errno == EINTR || errno == ENOENT));
+	} while (size < 0 && (errno == EINTR || errno == ENOENT || errno == ENOMEM));
 	if (size < 0)
 		return -errno;
 	return size ? size : -ENODEV; /* a socket (tests) ends like a file */

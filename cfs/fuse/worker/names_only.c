@@ -12,8 +12,13 @@
  * Shared by all threads: the CFS_FLAG_NAMES_ONLY bits, worker->nr_looks and
  * worker->nr_full_listings, all of them relaxed atomics.  A listing that is under way while the
  * bits are collected may stay in the kernel in names-only form; that costs time, nothing else.
+ *
+ * The kernel holds the lock of a page of a cached listing while it copies to the caller's memory,
+ * which may be a file that we serve, or one that never comes.  An invalidation waits for it, in
+ * uninterruptible sleep: so it keeps to the rules of push.c, and takes the same lock.
  */
 #include "ops.h"
+#include "backing.h"
 
 enum { FIRST_GRANT_BITS = 6, GRANT_BITS = 5, MAX_GRANT_BITS = 20, MAX_DEPTH = 2048 };
 
@@ -76,15 +81,12 @@ static void invalidate(struct cfs_thread *thread, uint32_t directory)
 		cfs_count(&cfs_counters(thread)->invalidations, 1);
 }
 
-void cfs_note_look(struct cfs_thread *thread, uint32_t directory)
+/* Let the kernel forget the listings in names-only form but for a directory and those above it. */
+static void invalidate_others(struct cfs_thread *thread, uint32_t directory)
 {
 	struct cfs_worker *worker = thread->worker;
 	unsigned int depth = 0;
 
-	if (!clear_flag(worker, directory))
-		return;
-	cfs_hand_over(thread);
-	grant_full_listings(worker);
 	for (; directory != CFS_ROOT && depth < MAX_DEPTH; depth++) {
 		directory = worker->table.parent[directory];
 		clear_flag(worker, directory);
@@ -92,4 +94,19 @@ void cfs_note_look(struct cfs_thread *thread, uint32_t directory)
 	for (uint64_t ino = CFS_ROOT; ino < worker->table.nr_inodes; ino++)
 		if (clear_flag(worker, (uint32_t)ino))
 			invalidate(thread, (uint32_t)ino);
+}
+
+void cfs_note_look(struct cfs_thread *thread, uint32_t directory)
+{
+	struct cfs_worker *worker = thread->worker;
+
+	if (!clear_flag(worker, directory))
+		return;
+	grant_full_listings(worker);
+	if (worker->config.nr_devices < 2 ||
+	    pthread_mutex_trylock(&worker->objects->push_lock))
+		return;
+	cfs_hand_over(thread);
+	invalidate_others(thread, directory);
+	pthread_mutex_unlock(&worker->objects->push_lock);
 }

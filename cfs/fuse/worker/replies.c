@@ -41,6 +41,8 @@ void cfs_write_reply(struct cfs_worker *worker, int fd, const struct iovec *part
 	struct iovec only = part(&header, sizeof(header));
 	int ret = cfs_write_message(worker, fd, parts, nr_parts);
 
+	if (ret == 0)
+		cfs_count(&worker->state->counters.replies, 1);
 	/* interrupted or resent; unmounted; aborted: nobody waits for the reply */
 	if (ret == 0 || ret == -ENOENT || ret == -ENODEV || ret == -ECONNABORTED)
 		return;

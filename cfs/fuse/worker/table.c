@@ -343,11 +343,13 @@ int cfs_table_attach(int fd, struct cfs_table *table, const char **why)
 	if (map == MAP_FAILED)
 		return -errno;
 	error = cfs_table_check(map, (size_t)status.st_size, table, why);
-	if (error)
+	if (error) {
 		munmap(map, (size_t)status.st_size);
-	else
+		*table = (struct cfs_table){ 0 };
+	} else {
 		/* as far as RLIMIT_MEMLOCK allows: replies should not wait for swap */
 		(void)mlock(map, (size_t)status.st_size);
+	}
 	return error;
 }
 

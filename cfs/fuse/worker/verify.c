@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { BLOCK_SIZE = 4096 };
@@ -116,8 +117,8 @@ static int compute(struct cfs_thread *thread, int fd, uint64_t file_size, uint8_
 	return 0;
 }
 
-/* The kernel's own digest: 0, or -errno if the file has none. */
-static int measure(int fd, uint8_t *digest, size_t digest_size)
+/* The kernel's own digest: 0, or -errno if the file has none; -EILSEQ: of another algorithm. */
+static int measure(int fd, uint8_t digest[CFS_DIGEST_MAX], size_t digest_size)
 {
 	_Alignas(struct fsverity_digest) uint8_t buffer[sizeof(struct fsverity_digest) +
 							CFS_DIGEST_MAX] = { 0 };
@@ -126,11 +127,11 @@ static int measure(int fd, uint8_t *digest, size_t digest_size)
 	result->digest_size = CFS_DIGEST_MAX;
 	if (ioctl(fd, FS_IOC_MEASURE_VERITY, result))
 		return -errno;
-	/* another algorithm gives another digest: none that could match */
-	memset(digest, 0, digest_size);
-	if (result->digest_algorithm == algorithm(digest_size) &&
-	    result->digest_size == digest_size)
-		memcpy(digest, result->digest, digest_size);
+	/* of the same file: it tells nothing of the one that the image records */
+	if (result->digest_algorithm != algorithm(digest_size) ||
+	    result->digest_size != digest_size)
+		return -EILSEQ;
+	memcpy(digest, result->digest, digest_size);
 	return 0;
 }
 
@@ -145,7 +146,8 @@ static int check(struct cfs_thread *thread, uint32_t ino, int fd)
 
 	ret = measure(fd, digest, digest_size);
 	if (ret && worker->config.verify == CFS_VERIFY_REQUIRE) {
-		cfs_log(worker, ino, CFS_LOG_NO_VERITY, EIO, (uint64_t)-ret);
+		cfs_log(worker, ino, ret == -EILSEQ ? CFS_LOG_DIGEST : CFS_LOG_NO_VERITY, EIO,
+			(uint64_t)-ret);
 		return -EIO;
 	}
 	if (ret)
@@ -197,11 +199,18 @@ static void end_check(struct cfs_thread *thread)
 	pthread_mutex_unlock(&objects->verify_lock);
 }
 
+static bool is_before(const struct timespec *one, const struct timespec *other)
+{
+	return one->tv_sec < other->tv_sec ||
+	       (one->tv_sec == other->tv_sec && one->tv_nsec < other->tv_nsec);
+}
+
 int cfs_verify(struct cfs_thread *thread, uint32_t ino, int fd, const struct stat *status)
 {
 	struct cfs_worker *worker = thread->worker;
 	uint32_t row = worker->table.object[ino];
 	uint64_t file = identity(status);
+	struct timespec now;
 	int ret;
 
 	if (!worker->table.object_digest_size[row]) {
@@ -213,8 +222,10 @@ int cfs_verify(struct cfs_thread *thread, uint32_t ino, int fd, const struct sta
 	cfs_hand_over(thread);
 	if (!begin_check(thread, row, file))
 		return 0;
+	clock_gettime(CLOCK_REALTIME_COARSE, &now);
 	ret = check(thread, ino, fd);
-	if (!ret)
+	/* a change within one tick of the clock leaves no trace: such a file is checked again */
+	if (!ret && is_before(&status->st_ctim, &now))
 		__atomic_store_n(&worker->verified[row], file, __ATOMIC_RELAXED);
 	end_check(thread);
 	return ret;

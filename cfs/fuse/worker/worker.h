@@ -68,6 +68,7 @@ enum { CFS_NR_OPCODES = 64 };
 
 struct cfs_counters {
 	uint64_t requests[CFS_NR_OPCODES]; /* by opcode; [0]: unknown ones */
+	uint64_t replies; /* that the kernel took */
 	uint64_t errors; /* replies with an error, negative entries not among them */
 	uint64_t relayed;
 	uint64_t read_bytes; /* in replies to READ */
