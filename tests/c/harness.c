@@ -122,7 +122,12 @@ bool wait_readable(int fd, int deadline_ms)
 {
 	struct pollfd wanted = { .fd = fd, .events = POLLIN };
 
-	return poll(&wanted, 1, deadline_ms) == 1;
+	int nr_ready;
+
+	do {
+		nr_ready = poll(&wanted, 1, deadline_ms);
+	} while (nr_ready < 0 && errno == EINTR); /* libFuzzer's own clock */
+	return nr_ready == 1;
 }
 
 void device_send_raw(struct device *device, const void *message, size_t size)
