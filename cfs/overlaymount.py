@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from cfs.compat import override
 from cfs.errors import MountError
+from cfs.linux.files import owned
 from cfs.linux.fusedev import open_device
 from cfs.linux.mounts import MountAttr, Option, create_mount
 from cfs.mount import FuseMount, create_detached, mount_source
@@ -66,11 +67,11 @@ class OverlayMount(FuseMount):
         self._layers = layers
         with ExitStack() as stack:
             self._changes = [
-                (key, _owned(stack, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+                (key, owned(stack, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
                 for key, path in (("upperdir", layers.upperdir), ("workdir", layers.workdir))
                 if path is not None
             ]
-            self.device_fd = _owned(stack, open_device())
+            self.device_fd = owned(stack, open_device())
             self._mount_fd = self._create_fuse()
             stack.pop_all()
 
@@ -114,7 +115,7 @@ class OverlayMount(FuseMount):
         with ExitStack() as stack:
             objects = layers.objects
             if not objects:  # without any layer for data a file could not even be looked at
-                objects = [_owned(stack, create_mount("tmpfs", [], MountAttr.RDONLY))]
+                objects = [owned(stack, create_mount("tmpfs", [], MountAttr.RDONLY))]
             options: list[Option] = [
                 ("source", self._source),
                 ("userxattr", None),
@@ -135,8 +136,3 @@ class OverlayMount(FuseMount):
             os.close(fd)
         self._changes = []
         super().close()
-
-
-def _owned(stack: ExitStack, fd: int) -> int:
-    stack.callback(os.close, fd)
-    return fd

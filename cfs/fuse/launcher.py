@@ -18,7 +18,7 @@ from cfs.fuse.options import DEFAULT, Mode, Passthrough, ServeOptions, Verify
 from cfs.fuse.program import spawn
 from cfs.fuse.shared import publish
 from cfs.inodes import InodeVector
-from cfs.linux.files import is_on_overlay
+from cfs.linux.files import is_on_overlay, owned
 from cfs.linux.fusedev import clone_device, raise_readahead
 from cfs.mount import FuseMount, detach, prepare_mountpoint
 
@@ -91,9 +91,9 @@ class Launcher:
         with ExitStack() as stack:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             fds = _Descriptors(
-                objects=[_owned(stack, os.open(path, flags)) for path in basedirs],
-                state=_owned(stack, os.memfd_create("cfs-state", os.MFD_CLOEXEC)),
-                table=_owned(stack, publish(self._served_vector(vector))),
+                objects=[owned(stack, os.open(path, flags)) for path in basedirs],
+                state=owned(stack, os.memfd_create("cfs-state", os.MFD_CLOEXEC)),
+                table=owned(stack, publish(self._served_vector(vector))),
             )
             mount = stack.enter_context(closing(self._make_mount(target, name, fds.objects)))
             device = None
@@ -162,7 +162,7 @@ class Launcher:
             devices = [mount.device_fd]
             if self._nr_workers:
                 clones = clone_device(mount.device_fd, self._nr_workers - 1)
-                devices.extend(_owned(stack, clone) for clone in clones)
+                devices.extend(owned(stack, clone) for clone in clones)
                 for fd in devices:
                     os.set_blocking(fd, False)
             with suppress(BrokenPipeError):  # dead by now: the wait for its word will tell
@@ -189,11 +189,6 @@ def _count_workers(options: ServeOptions) -> int:
     if options.workers is None and importlib.util.find_spec("cfs.fuse._worker") is None:
         return 0  # the extension was not built
     return options.nr_workers
-
-
-def _owned(stack: ExitStack, fd: int) -> int:
-    stack.callback(os.close, fd)
-    return fd
 
 
 def start(

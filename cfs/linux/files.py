@@ -8,13 +8,13 @@ returned belong to the caller and are close-on-exec.  No shared state: any threa
 import ctypes
 import errno
 import fcntl
-import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntFlag
 
 from cfs.errors import UnsupportedError
+from cfs.linux.libc import libc
 
 __all__ = [
     "Resolve",
@@ -25,6 +25,7 @@ __all__ = [
     "naming",
     "open_unnamed",
     "openat2",
+    "owned",
     "reopen_readonly",
 ]
 
@@ -56,9 +57,10 @@ class _OpenHow(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+def owned(stack: ExitStack, fd: int) -> int:
+    """Return a descriptor that the stack closes."""
+    stack.callback(os.close, fd)
+    return fd
 
 
 @contextmanager
@@ -97,7 +99,7 @@ def openat2(
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     reason = errno.EAGAIN
     for _ in range(_NR_RETRIES):
-        fd = _libc().syscall(
+        fd = libc().syscall(
             ctypes.c_long(_SYS_OPENAT2),
             ctypes.c_int(dir_fd),
             ctypes.c_char_p(path),
@@ -170,7 +172,7 @@ def is_on_overlay(fd: int) -> bool:
         OSError: as fstatfs(2).
     """
     buffer = ctypes.create_string_buffer(_STATFS_SIZE)
-    if _libc().fstatfs(fd, buffer):
+    if libc().fstatfs(fd, buffer):
         reason = ctypes.get_errno()
         raise OSError(reason, os.strerror(reason))
     # f_type comes first; it is a long or an int, and we are little endian

@@ -6,13 +6,13 @@ later.  Paths are taken as the kernel takes them.  No shared state: any thread m
 
 import ctypes
 import errno
-import functools
 import os
 import re
 from collections.abc import Sequence
 from enum import IntFlag
 
 from cfs.errors import MountError
+from cfs.linux.libc import libc
 
 __all__ = [
     "MountAttr",
@@ -48,16 +48,11 @@ class MountAttr(IntFlag):
     NODEV = 0x4
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _syscall(number: int, *args: int | bytes | None) -> int:
     """Call with integers and texts; ``OSError`` without a name on failure."""
     typed = [ctypes.c_char_p(a) if a is None or isinstance(a, bytes) else ctypes.c_long(a)
              for a in args]  # fmt: skip
-    result = int(_libc().syscall(ctypes.c_long(number), *typed))
+    result = int(libc().syscall(ctypes.c_long(number), *typed))
     if result < 0:
         reason = ctypes.get_errno()
         raise OSError(reason, os.strerror(reason))
@@ -131,7 +126,7 @@ def detach_mount(path: str) -> None:
     Raises:
         OSError: as umount2(2) with ``MNT_DETACH``.
     """
-    if _libc().umount2(os.fsencode(path), _MNT_DETACH):
+    if libc().umount2(os.fsencode(path), _MNT_DETACH):
         reason = ctypes.get_errno()
         raise OSError(reason, os.strerror(reason), path)
 

@@ -8,8 +8,9 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
-from enum import IntEnum
 from typing import NamedTuple
+
+from cfs.fuse.dataplane import Opcode
 
 __all__ = ["Dirent", "Kernel", "Opcode", "Reply", "getxattr_in", "parse_listing", "read_in"]
 
@@ -24,47 +25,6 @@ DIRENT = struct.Struct("<QQII")
 INIT = struct.Struct("<IIIII11I")
 MINOR = 38
 FLAGS = 0x7FFFFFFF  # with fewer, pyfuse3 calls the kernel too old
-
-
-class Opcode(IntEnum):
-    """Those that the tests send."""
-
-    LOOKUP = 1
-    FORGET = 2
-    GETATTR = 3
-    SETATTR = 4
-    READLINK = 5
-    SYMLINK = 6
-    MKNOD = 8
-    MKDIR = 9
-    UNLINK = 10
-    RMDIR = 11
-    RENAME = 12
-    LINK = 13
-    OPEN = 14
-    READ = 15
-    WRITE = 16
-    STATFS = 17
-    RELEASE = 18
-    FSYNC = 20
-    SETXATTR = 21
-    GETXATTR = 22
-    LISTXATTR = 23
-    REMOVEXATTR = 24
-    FLUSH = 25
-    INIT = 26
-    OPENDIR = 27
-    READDIR = 28
-    RELEASEDIR = 29
-    FSYNCDIR = 30
-    ACCESS = 34
-    CREATE = 35
-    BMAP = 37
-    IOCTL = 39
-    FALLOCATE = 43
-    READDIRPLUS = 44
-    RENAME2 = 45
-    LSEEK = 46
 
 
 class Reply(NamedTuple):

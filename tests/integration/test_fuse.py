@@ -5,7 +5,6 @@ import errno
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import socket
@@ -27,23 +26,12 @@ from cfs.fuse import Mount, ServeOptions, serve, start
 from cfs.mount import prepare_mountpoint
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink
 from tests.integration.vectors import make_vector
+from tests.integration.waiting import wait_for_end
 from tests.paths import CHECKOUT
 
 Serve = Callable[..., Mount]
 pytestmark = pytest.mark.usefixtures("fuse")
 DEADLINE = 60
-
-
-def wait_for_end(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([pidfd], [], [], DEADLINE)[0]
-    finally:
-        os.close(pidfd)
 
 
 def directory(children: dict[bytes, Inode | Link], mode: int = 0o755) -> Directory:

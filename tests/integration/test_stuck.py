@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from cfs.fuse import Mount, ServeOptions, launcher, start
 from cfs.fuse.handover import Handover, send
 from cfs.tree import Directory, Inode, Link, Regular
 from tests.integration.vectors import make_vector
+from tests.integration.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("fuse", "root")
 pytest.importorskip("cfs.fuse._worker", reason="the data plane is not built")
@@ -32,14 +33,6 @@ LISTER = "import os, sys; print(*sorted(os.listdir(sys.argv[1])))"
 OTHERS = ("a", "b")
 LISTED = "c"
 NAMES = [f"file{number}" for number in range(4)]
-
-
-def wait_until(is_true: Callable[[], object], what: str) -> None:
-    """Look again and again: what other processes do has no descriptor to wait for."""
-    deadline = time.monotonic() + DEADLINE
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        select.select([], [], [], 0.002)
 
 
 def states(pid: int) -> set[str]:
@@ -60,7 +53,7 @@ class Stuck:
         self._get_credit()
         self._reader = self._steal_read(device, stack)
         self._lister = self._spawn(stack, LISTER, self._top / LISTED)
-        wait_until(lambda: "D" in states(self.session), "a push that waits")
+        wait_until(lambda: "D" in states(self.session), "a push that waits", DEADLINE)
 
     def _get_credit(self) -> None:
         """Make the session believe that whoever lists a directory will read its files."""
@@ -71,7 +64,7 @@ class Stuck:
 
     def _steal_read(self, device: int, stack: ExitStack) -> "subprocess.Popen[str]":
         os.kill(self.session, signal.SIGSTOP)
-        wait_until(lambda: states(self.session) == {"T"}, "a session that stops")
+        wait_until(lambda: states(self.session) == {"T"}, "a session that stops", DEADLINE)
         reader = self._spawn(stack, READER, self._top / LISTED / NAMES[0])
         assert select.select([device], [], [], DEADLINE)[0]
         request = os.read(device, 1 << 20)

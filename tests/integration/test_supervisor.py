@@ -3,14 +3,11 @@
 import errno
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from cfs.fuse.program import spawn
 from cfs.inodes import InodeVector
 from cfs.tree import Directory, Inode, Link, Regular
 from tests.integration.vectors import make_vector
+from tests.integration.waiting import wait_for_end, wait_until
 
 pytestmark = pytest.mark.usefixtures("fuse")
 DEADLINE = 60
@@ -47,25 +45,6 @@ def vector(objects: Path) -> InodeVector:
             mode=0o100644, size=len(CONTENT), payload=b"aa/%d" % number
         )
     return make_vector(Directory(mode=0o040755, nlink=2, children=children))
-
-
-def wait_until(is_true: Callable[[], object], what: str) -> None:
-    """Look again and again: what other processes do has no descriptor to wait for."""
-    deadline = time.monotonic() + DEADLINE
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        select.select([], [], [], 0.002)
-
-
-def wait_for_end(pid: int) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([pidfd], [], [], DEADLINE)[0]
-    finally:
-        os.close(pidfd)
 
 
 def check_dead(fd: int) -> None:

@@ -100,6 +100,21 @@ static inline size_t cfs_argument_size(const struct cfs_thread *thread)
 	return thread->in_size - sizeof(struct fuse_in_header);
 }
 
+static inline void cfs_set_flag(struct cfs_worker *worker, uint32_t ino, uint8_t flag)
+{
+	if (!(__atomic_load_n(&worker->inode_flags[ino], __ATOMIC_RELAXED) & flag))
+		__atomic_fetch_or(&worker->inode_flags[ino], flag, __ATOMIC_RELAXED);
+}
+
+/* Whether the flag was set. */
+static inline bool cfs_clear_flag(struct cfs_worker *worker, uint32_t ino, uint8_t flag)
+{
+	if (!(__atomic_load_n(&worker->inode_flags[ino], __ATOMIC_RELAXED) & flag))
+		return false;
+	return __atomic_fetch_and(&worker->inode_flags[ino], (uint8_t)~flag, __ATOMIC_RELAXED) &
+	       flag;
+}
+
 static inline void cfs_count(uint64_t *counter, uint64_t by)
 {
 	__atomic_fetch_add(counter, by, __ATOMIC_RELAXED);

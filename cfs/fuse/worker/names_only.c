@@ -29,17 +29,6 @@ static bool take_full_listing(struct cfs_worker *worker)
 	       __atomic_fetch_sub(&worker->nr_full_listings, 1, __ATOMIC_RELAXED) > 0;
 }
 
-/* Whether the flag was set. */
-static bool clear_flag(struct cfs_worker *worker, uint32_t directory)
-{
-	uint8_t *flags = &worker->inode_flags[directory];
-
-	if (!(__atomic_load_n(flags, __ATOMIC_RELAXED) & CFS_FLAG_NAMES_ONLY))
-		return false;
-	__atomic_fetch_and(flags, (uint8_t)~CFS_FLAG_NAMES_ONLY, __ATOMIC_RELAXED);
-	return true;
-}
-
 bool cfs_is_names_only(struct cfs_thread *thread, uint32_t directory, uint64_t off)
 {
 	struct cfs_worker *worker = thread->worker;
@@ -49,7 +38,7 @@ bool cfs_is_names_only(struct cfs_thread *thread, uint32_t directory, uint64_t o
 		       CFS_FLAG_NAMES_ONLY;
 	if (!take_full_listing(worker))
 		return true;
-	clear_flag(worker, directory);
+	cfs_clear_flag(worker, directory, CFS_FLAG_NAMES_ONLY);
 	return false;
 }
 
@@ -89,10 +78,10 @@ static void invalidate_others(struct cfs_thread *thread, uint32_t directory)
 
 	for (; directory != CFS_ROOT && depth < MAX_DEPTH; depth++) {
 		directory = worker->table.parent[directory];
-		clear_flag(worker, directory);
+		cfs_clear_flag(worker, directory, CFS_FLAG_NAMES_ONLY);
 	}
 	for (uint64_t ino = CFS_ROOT; ino < worker->table.nr_inodes; ino++)
-		if (clear_flag(worker, (uint32_t)ino))
+		if (cfs_clear_flag(worker, (uint32_t)ino, CFS_FLAG_NAMES_ONLY))
 			invalidate(thread, (uint32_t)ino);
 }
 
@@ -100,7 +89,7 @@ void cfs_note_look(struct cfs_thread *thread, uint32_t directory)
 {
 	struct cfs_worker *worker = thread->worker;
 
-	if (!clear_flag(worker, directory))
+	if (!cfs_clear_flag(worker, directory, CFS_FLAG_NAMES_ONLY))
 		return;
 	grant_full_listings(worker);
 	if (worker->config.nr_devices < 2 ||

@@ -29,21 +29,6 @@ enum {
 	MAX_FAILURES = 8 /* of a directory: objects not in the page cache, or unknown inodes */
 };
 
-static void set_flag(struct cfs_worker *worker, uint32_t ino, uint8_t flag)
-{
-	if (!(__atomic_load_n(&worker->inode_flags[ino], __ATOMIC_RELAXED) & flag))
-		__atomic_fetch_or(&worker->inode_flags[ino], flag, __ATOMIC_RELAXED);
-}
-
-/* Whether the flag was set. */
-static bool clear_flag(struct cfs_worker *worker, uint32_t ino, uint8_t flag)
-{
-	if (!(__atomic_load_n(&worker->inode_flags[ino], __ATOMIC_RELAXED) & flag))
-		return false;
-	return __atomic_fetch_and(&worker->inode_flags[ino], (uint8_t)~flag, __ATOMIC_RELAXED) &
-	       flag;
-}
-
 /* Does a push make sense on this mount, and can it not block the last thread? */
 static bool may_push(const struct cfs_worker *worker)
 {
@@ -73,15 +58,15 @@ void cfs_note_read(struct cfs_thread *thread, uint32_t ino, uint64_t off, uint32
 		return;
 	/* what was asked for need not be pushed */
 	if (size == worker->table.size[ino])
-		set_flag(worker, ino, CFS_FLAG_PUSHED);
-	if (clear_flag(worker, worker->table.parent[ino], CFS_FLAG_LISTED) &&
+		cfs_set_flag(worker, ino, CFS_FLAG_PUSHED);
+	if (cfs_clear_flag(worker, worker->table.parent[ino], CFS_FLAG_LISTED) &&
 	    __atomic_load_n(credit, __ATOMIC_RELAXED) <= MAX_CREDIT - CREDIT_BY_READ)
 		__atomic_fetch_add(credit, CREDIT_BY_READ, __ATOMIC_RELAXED);
 }
 
 void cfs_forget(struct cfs_thread *thread, uint32_t ino)
 {
-	clear_flag(thread->worker, ino, CFS_FLAG_PUSHED);
+	cfs_clear_flag(thread->worker, ino, CFS_FLAG_PUSHED);
 }
 
 static bool is_wanted(const struct cfs_worker *worker, uint32_t ino)
@@ -120,7 +105,7 @@ static bool push(struct cfs_thread *thread, uint32_t ino)
 
 	if (!data || cfs_notify(thread, FUSE_NOTIFY_STORE, &head, sizeof(head), data, size))
 		return false;
-	set_flag(worker, ino, CFS_FLAG_PUSHED);
+	cfs_set_flag(worker, ino, CFS_FLAG_PUSHED);
 	cfs_count(&cfs_counters(thread)->pushes, 1);
 	cfs_count(&cfs_counters(thread)->pushed_bytes, size);
 	return true;
@@ -166,7 +151,7 @@ void cfs_push_directory(struct cfs_thread *thread, uint32_t directory)
 
 	if (!may_push(worker))
 		return;
-	set_flag(worker, directory, CFS_FLAG_LISTED);
+	cfs_set_flag(worker, directory, CFS_FLAG_LISTED);
 	credit = __atomic_load_n(&objects->push_credit, __ATOMIC_RELAXED);
 	if (credit <= 0 || pthread_mutex_trylock(&objects->push_lock))
 		return;
