@@ -13,15 +13,15 @@ depth of the tree.  Needs /proc.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from cfs.digest import Algorithm
+from cfs.digest import Algorithm, Digest
 from cfs.errors import IntegrityError, InvalidRequestError
-from cfs.fsverity import compute_file_digests
+from cfs.fsverity import compute_file_digest, compute_file_digests, read_files
 from cfs.linux.files import naming, reopen_readonly
 from cfs.objectdir import ObjectDirectory
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink
@@ -54,6 +54,7 @@ class ScanOptions:
         algorithm: of the digests.
         threads: number of threads that digest, by default one for each usable CPU.
         objects: where to put the contents of files above 64 bytes; None: nowhere.
+        progress: called by any thread with the size of each file above 64 bytes that is done.
 
     Raises:
         InvalidRequestError: options contradict each other.
@@ -67,10 +68,14 @@ class ScanOptions:
     algorithm: Algorithm = Algorithm.SHA256
     threads: int | None = None
     objects: ObjectDirectory | None = None
+    progress: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.skip_xattrs and self.user_xattrs:
             msg = "skip_xattrs and user_xattrs exclude each other"
+            raise InvalidRequestError(msg)
+        if self.objects and self.objects.algorithm is not self.algorithm:
+            msg = f"objects are named by {self.objects.algorithm.name.lower()} digests"
             raise InvalidRequestError(msg)
         if self.threads is not None and self.threads < 1:
             msg = f"invalid number of threads {self.threads}: expected 1 or more"
@@ -343,17 +348,41 @@ class _DigestPool:
                 os.close(job.fd)
 
     def _digest(self, jobs: list[_Job]) -> None:
-        digests = compute_file_digests(
-            [job.fd for job in jobs], [job.size for job in jobs], self._options.algorithm
-        )
+        objects = self._options.objects
+        if objects:
+            digests = _store(jobs, objects)
+        else:
+            digests = compute_file_digests(
+                [job.fd for job in jobs], [job.size for job in jobs], self._options.algorithm
+            )
         for job in jobs:
             try:
-                with naming(job.path):
-                    digest = next(digests)
-                if self._options.objects:
-                    self._options.objects.put(job.fd, job.size, digest)
+                digest = next(digests)
+            except OSError as error:
+                if error.filename is None:
+                    error.filename = os.fsdecode(job.path)
+                raise
             except IntegrityError as error:
                 msg = f"{os.fsdecode(job.path)}: {error}"
                 raise IntegrityError(msg) from error
             job.node.payload = digest.object_path
             job.node.digest = digest
+            if self._options.progress:
+                self._options.progress(job.size)
+
+
+def _store(jobs: list[_Job], objects: ObjectDirectory) -> Iterator[Digest]:
+    """Make objects of files, and yield their digests.
+
+    Small ones are read once, digested and written from memory.
+    """
+    small = [job for job in jobs if job.size <= _BATCH_SIZE]
+    contents = read_files([job.fd for job in small], [job.size for job in small], objects.algorithm)
+    for job in jobs:
+        if job.size <= _BATCH_SIZE:
+            data, digest = next(contents)
+            objects.put_contents(data, digest)
+        else:
+            digest = compute_file_digest(job.fd, job.size, objects.algorithm)
+            objects.put(job.fd, job.size, digest)
+        yield digest

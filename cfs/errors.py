@@ -9,6 +9,7 @@
      +-- NotFoundError          no such name, image, object
      +-- ConflictError          exists already, with other settings
      +-- InvalidRequestError    the caller's arguments contradict each other
+     +-- BusyError              in use by somebody else
      +-- MountError             the kernel or fusermount3 refused to mount
 
 Every class carries the errno that a FUSE reply would use for it.  ``OSError`` passes
@@ -18,6 +19,7 @@ through cfs untouched.
 import errno
 
 __all__ = [
+    "BusyError",
     "CfsError",
     "ConflictError",
     "FormatError",
@@ -69,6 +71,12 @@ class InvalidRequestError(CfsError):
     """The caller's arguments are wrong or contradict each other."""
 
     errno = errno.EINVAL
+
+
+class BusyError(CfsError):
+    """Somebody else uses it, and nobody wants to wait."""
+
+    errno = errno.EBUSY
 
 
 class MountError(CfsError):

@@ -21,7 +21,14 @@ from cfs.fsverity import _libfsverity  # type: ignore[attr-defined] # made by _b
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["compute_digest", "compute_file_digest", "compute_file_digests", "enable", "measure"]
+__all__ = [
+    "compute_digest",
+    "compute_file_digest",
+    "compute_file_digests",
+    "enable",
+    "measure",
+    "read_files",
+]
 
 FS_IOC_MEASURE_VERITY = 0xC0046686
 _FSVERITY_DIGEST = struct.Struct("=HH")  # digest_algorithm, digest_size
@@ -33,6 +40,8 @@ class _Library(Protocol):
 
     # fds, sizes, nr_files, algorithm, digests, digest_size, result
     cfs_digest_files: Callable[[object, object, int, int, object, int, object], int]
+    # fds, sizes, nr_files, algorithm, contents, digests, digest_size, result
+    cfs_read_files: Callable[[object, object, int, int, object, object, int, object], int]
     # data, size, algorithm, digest, digest_size
     cfs_digest_buffer: Callable[[object, int, int, object, int], int]
     # fd, algorithm
@@ -113,14 +122,59 @@ def compute_file_digests(
         algorithm.digest_size,
         _ffi.from_buffer("int[]", result),
     )
-    for number in range(nr_digests):
-        off = number * algorithm.digest_size
+    yield from _split_digests(digests, algorithm, nr_digests)
+    _check_file(result[0], fds, sizes, nr_digests)
+
+
+def read_files(
+    fds: Sequence[int], sizes: Sequence[int], algorithm: Algorithm = Algorithm.SHA256
+) -> Iterator[tuple[memoryview, Digest]]:
+    """Yield contents and digests of several small files, each of which is read once.
+
+    All are read before the first one comes, into one buffer of as many bytes as they have.
+
+    Args:
+        fds: readable descriptors, borrowed; their positions are neither used nor moved.
+        sizes: their sizes in bytes, as ``fstat`` told them.
+        algorithm: sha256 or sha512.
+
+    Raises:
+        IntegrityError: the next file is longer or shorter than its size.
+        OSError: reading the next file failed.
+    """
+    contents = bytearray(sum(sizes))
+    digests = bytearray(len(fds) * algorithm.digest_size)
+    result = array("i", [0])
+    nr_files = _lib.cfs_read_files(
+        _ffi.from_buffer("int[]", array("i", fds)),
+        _ffi.from_buffer("uint64_t[]", array("Q", sizes)),
+        len(fds),
+        algorithm,
+        _ffi.from_buffer("uint8_t[]", contents),
+        _ffi.from_buffer("uint8_t[]", digests),
+        algorithm.digest_size,
+        _ffi.from_buffer("int[]", result),
+    )
+    off = 0
+    view = memoryview(contents)
+    for size, digest in zip(sizes, _split_digests(digests, algorithm, nr_files), strict=False):
+        yield view[off : off + size], digest
+        off += size
+    _check_file(result[0], fds, sizes, nr_files)
+
+
+def _split_digests(digests: bytearray, algorithm: Algorithm, number: int) -> Iterator[Digest]:
+    for off in range(0, number * algorithm.digest_size, algorithm.digest_size):
         yield Digest(bytes(digests[off : off + algorithm.digest_size]))
-    if result[0] > 0:
-        size, found = sizes[nr_digests], os.fstat(fds[nr_digests]).st_size
+
+
+def _check_file(result: int, fds: Sequence[int], sizes: Sequence[int], number: int) -> None:
+    """Raise what the C functions say of the file that they stopped at."""
+    if result > 0:
+        size, found = sizes[number], os.fstat(fds[number]).st_size
         msg = f"file changed while it was read: expected {size} bytes, found {found}"
         raise IntegrityError(msg)
-    _check(result[0])
+    _check(result)
 
 
 def measure(fd: int) -> Digest | None:

@@ -10,6 +10,9 @@ from cffi import FFI  # type: ignore[import-untyped] # cffi ships no types
 DECLARATIONS = """
 size_t cfs_digest_files(const int *fds, const uint64_t *sizes, size_t nr_files,
                         uint32_t algorithm, uint8_t *digests, size_t digest_size, int *result);
+size_t cfs_read_files(const int *fds, const uint64_t *sizes, size_t nr_files,
+                      uint32_t algorithm, uint8_t *contents, uint8_t *digests,
+                      size_t digest_size, int *result);
 int cfs_digest_buffer(const void *data, uint64_t size, uint32_t algorithm,
                       uint8_t *digest, size_t digest_size);
 int cfs_enable(int fd, uint32_t algorithm);
@@ -138,6 +141,46 @@ size_t cfs_digest_files(const int *fds, const uint64_t *sizes, size_t nr_files,
 	for (i = 0; i < nr_files && !*result; i++)
 		*result = digest_file(fds[i], sizes[i], algorithm, digests + i * digest_size,
 				      digest_size);
+	return *result ? i - 1 : i;
+}
+
+/* 0, -errno, or 1 if the file does not hold exactly size bytes. */
+static int read_exactly(int fd, uint64_t size, uint8_t *contents)
+{
+	uint8_t more;
+	uint64_t off = 0;
+
+	for (;;) {
+		void *next = off < size ? contents + off : &more;
+		ssize_t nr_read = pread(fd, next, off < size ? size - off : 1, (off_t)off);
+
+		if (nr_read < 0 && errno == EINTR)
+			continue;
+		if (nr_read < 0)
+			return -errno;
+		if (nr_read == 0 || off == size)
+			return nr_read != 0 || off != size;
+		off += (uint64_t)nr_read;
+	}
+}
+
+/* As cfs_digest_files; the files lie one after the other in contents. */
+size_t cfs_read_files(const int *fds, const uint64_t *sizes, size_t nr_files,
+		      uint32_t algorithm, uint8_t *contents, uint8_t *digests,
+		      size_t digest_size, int *result)
+{
+	size_t i;
+
+	*result = 0;
+	for (i = 0; i < nr_files && !*result; i++) {
+		struct buffer_reader reader = { .data = contents };
+
+		*result = read_exactly(fds[i], sizes[i], contents);
+		if (!*result)
+			*result = compute(&reader, read_buffer, sizes[i], algorithm,
+					  digests + i * digest_size, digest_size);
+		contents += sizes[i];
+	}
 	return *result ? i - 1 : i;
 }
 

@@ -1,8 +1,9 @@
 """File system calls that Python lacks, or has only in pieces.
 
-Linux man pages openat2(2), open(2) ``O_TMPFILE``, ioctl_ficlone(2), copy_file_range(2),
-lseek(2) ``SEEK_DATA``.  Knows nothing of composefs.  Descriptors given are borrowed; those
-returned belong to the caller and are close-on-exec.  No shared state: any thread may call.
+Linux man pages openat2(2), open(2) ``O_TMPFILE``, rename(2), ioctl_ficlone(2),
+copy_file_range(2), lseek(2) ``SEEK_DATA``, syncfs(2).  Knows nothing of composefs.  Descriptors
+given are borrowed; those returned belong to the caller and are close-on-exec.  No shared state:
+any thread may call.
 """
 
 import ctypes
@@ -26,13 +27,16 @@ __all__ = [
     "open_unnamed",
     "openat2",
     "owned",
+    "rename_noreplace",
     "reopen_readonly",
+    "sync_file_system",
 ]
 
 FICLONE = 0x40049409
 _SYS_OPENAT2 = 437  # the same on every architecture that Debian supports
 _NR_RETRIES = 64
 _COPY_SIZE = 1 << 20
+_RENAME_NOREPLACE = 1
 _STATFS_SIZE = 256  # more than struct statfs of any architecture
 _OVERLAYFS_SUPER_MAGIC = 0x794C7630
 
@@ -163,6 +167,35 @@ def reopen_readonly(fd: int) -> int:
         OSError: as open(2).
     """
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+
+
+def rename_noreplace(source_fd: int, source: bytes, target_fd: int, target: bytes) -> None:
+    """Rename a file, unless the new name is taken.
+
+    Args:
+        source_fd: directory of the old name.
+        source: the old name.
+        target_fd: directory of the new name.
+        target: the new name.
+
+    Raises:
+        FileExistsError: the new name is taken; nothing was changed.
+        OSError: as renameat2(2), ``EINVAL`` where the file system does not know the flag.
+    """
+    if libc().renameat2(source_fd, source, target_fd, target, _RENAME_NOREPLACE):
+        reason = ctypes.get_errno()
+        raise OSError(reason, os.strerror(reason), os.fsdecode(target))
+
+
+def sync_file_system(fd: int) -> None:
+    """Wait until all that was written to the file system of ``fd`` is durable.
+
+    Raises:
+        OSError: as syncfs(2); what failed to be written since ``fd`` was opened is reported once.
+    """
+    if libc().syncfs(fd):
+        reason = ctypes.get_errno()
+        raise OSError(reason, os.strerror(reason))
 
 
 def is_on_overlay(fd: int) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "clone_device",
     "fusermount",
     "fusermount_detach",
+    "fusermount_unmount",
     "open_device",
     "raise_readahead",
 ]
@@ -104,6 +105,15 @@ def fusermount_detach(mountpoint: str) -> None:
         MountError: with what the helper says.
     """
     _run_helper(["-u", "-z", "--", mountpoint], None)
+
+
+def fusermount_unmount(mountpoint: str) -> None:
+    """Take a FUSE mount of this user out of the tree, unless it is in use.
+
+    Raises:
+        MountError: with what the helper says.
+    """
+    _run_helper(["-u", "--", mountpoint], None)
 
 
 def _run_helper(args: list[str], channel: socket.socket | None) -> None:

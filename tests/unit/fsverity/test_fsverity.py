@@ -12,7 +12,14 @@ import pytest
 
 from cfs.digest import Algorithm, Digest
 from cfs.errors import IntegrityError, UnsupportedError
-from cfs.fsverity import compute_digest, compute_file_digest, compute_file_digests, enable, measure
+from cfs.fsverity import (
+    compute_digest,
+    compute_file_digest,
+    compute_file_digests,
+    enable,
+    measure,
+    read_files,
+)
 
 EMPTY_SHA512 = (
     "ccf9e5aea1c2a64efa2f2354a6024b90dffde6bbc017825045dce374474e13d1"
@@ -97,6 +104,26 @@ def test_digests_of_several_files_come_until_the_wrong_one(memory_file: int) -> 
     with pytest.raises(IntegrityError, match="expected 13 bytes"):
         next(digests)
     assert list(compute_file_digests([], [])) == []
+
+
+def test_files_are_read_and_digested_until_the_wrong_one(tmp_path: Path) -> None:
+    contents = [b"", b"first", os.urandom(70_000), b"longer than its size", b"last"]
+    sizes = [len(content) for content in contents]
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).write_bytes(content)
+    fds = [os.open(tmp_path / str(number), os.O_RDONLY) for number in range(len(contents))]
+    for algorithm in Algorithm:
+        assert [(bytes(data), digest) for data, digest in read_files(fds, sizes, algorithm)] == [
+            (content, compute_digest(content, algorithm)) for content in contents
+        ]
+    for wrong in (-1, 1):
+        found = read_files(fds, [*sizes[:3], sizes[3] + wrong, sizes[4]])
+        assert [bytes(next(found)[0]) for _ in range(3)] == contents[:3]
+        with pytest.raises(IntegrityError, match=f"expected {sizes[3] + wrong} bytes, found 20"):
+            next(found)
+    assert list(read_files([], [])) == []
+    for fd in fds:
+        os.close(fd)
 
 
 def test_unreadable_descriptor_is_an_os_error(tmp_path: Path) -> None:

@@ -92,3 +92,20 @@ def test_copy_keeps_bytes_and_holes(
             files.copy_contents(source.fileno(), target.fileno(), size)
     assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
     assert (tmp_path / "target").stat().st_blocks * 512 < 16 << 20
+
+
+def test_rename_without_replacing(tmp_path: Path, directory: int) -> None:
+    other = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    files.rename_noreplace(directory, b"file", other, b"moved")
+    assert (tmp_path / "moved").read_bytes() == b"content"
+    (tmp_path / "below" / "taken").write_bytes(b"taken")
+    with pytest.raises(FileExistsError, match="taken"):
+        files.rename_noreplace(other, b"moved", directory, b"taken")
+    assert (tmp_path / "below" / "taken").read_bytes() == b"taken"
+    os.close(other)
+
+
+def test_sync_of_a_file_system(directory: int) -> None:
+    files.sync_file_system(directory)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        files.sync_file_system(-1)

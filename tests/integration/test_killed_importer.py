@@ -1,0 +1,80 @@
+"""An importer that is killed at any system call leaves a store that is sound (issue 5)."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.paths import CHECKOUT
+
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion", "-Wsign-conversion"]
+SIZES = (65, 4096, 5000, 65_536, 3 << 19)  # the last one is copied, the others are written
+SHARES = 2
+MIN_CALLS = 40
+DEADLINE = 300
+
+
+@pytest.fixture(scope="session")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    library = tmp_path_factory.mktemp("killer") / "killer.so"
+    source = CHECKOUT / "tests" / "c" / "killer.c"
+    subprocess.run(
+        ["gcc", "-std=gnu11", "-O2", *WARNINGS, "-shared", "-fPIC", "-o", library, source],
+        check=True,
+    )
+    return library
+
+
+@pytest.fixture
+def ground() -> Iterator[Path]:
+    """A directory in memory if possible: the kernel survives, so syncs only cost time here."""
+    memory = Path("/dev/shm")
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
+        yield Path(directory)
+
+
+def make_tree(path: Path) -> None:
+    numbers = random.Random(5)
+    (path / "usr" / "bin").mkdir(parents=True)
+    (path / "etc").symlink_to("usr/etc")
+    for number, size in enumerate(SIZES):
+        (path / "usr" / "bin" / f"file {number}").write_bytes(numbers.randbytes(size))
+    (path / "usr" / "twice").write_bytes((path / "usr" / "bin" / "file 3").read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "named", "damaged"])
+def test_importer_killed_at_every_change_of_the_store(
+    ground: Path, killer: Path, kind: str
+) -> None:
+    def work(share: int) -> "dict[str, object]":
+        directory = ground / str(share)
+        make_tree(directory / "tree")
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.integration.killing", killer, directory, kind,
+             str(share), str(SHARES)],
+            cwd=CHECKOUT,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads when it forks
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEADLINE,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        result: dict[str, object] = json.loads(done.stdout)
+        return result
+
+    with ThreadPoolExecutor(SHARES) as executor:
+        results = list(executor.map(work, range(1, SHARES + 1)))
+    assert [result["problems"] for result in results] == [[]] * SHARES
+    assert all(int(str(result["calls"])) > MIN_CALLS for result in results)
