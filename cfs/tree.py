@@ -19,8 +19,8 @@ __all__ = [
     "Regular",
     "Special",
     "Symlink",
-    "count_links",
     "inode_of",
+    "settle_links",
     "walk",
 ]
 
@@ -120,15 +120,22 @@ def walk(root: Directory) -> Iterator[tuple[bytes, Child]]:
             )
 
 
-def count_links(root: Directory) -> None:
-    """Set ``nlink`` of every leaf to the number of its names in the tree."""
-    names: dict[int, int] = {}
-    leaves: list[Inode] = []
-    for _, child in walk(root):
-        inode = inode_of(child)
-        if not isinstance(inode, Directory):
-            if id(inode) not in names:
-                leaves.append(inode)
-            names[id(inode)] = names.get(id(inode), 0) + 1
-    for inode in leaves:
-        inode.nlink = names[id(inode)]
+def settle_links(root: Directory) -> None:
+    """Let each leaf stand at its first name, with links from the others, and count its names.
+
+    For trees from which names were taken away: the name that a leaf stood at may be gone.
+    """
+    seen: set[int] = set()
+    stack = [(root, name) for name in sorted(root.children, reverse=True)]
+    while stack:
+        parent, name = stack.pop()
+        inode = inode_of(parent.children[name])
+        if isinstance(inode, Directory):
+            stack.extend((inode, below) for below in sorted(inode.children, reverse=True))
+        elif id(inode) in seen:
+            parent.children[name] = Link(inode)
+            inode.nlink += 1
+        else:
+            seen.add(id(inode))
+            parent.children[name] = inode
+            inode.nlink = 1

@@ -4,17 +4,26 @@ Vectors are in the tree view.  Every function yields whole lines, depth-first, c
 order; nothing recurses.
 """
 
+import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cfs.dumpfile.escapes import escape, escape_field, escape_path, escape_xattr
+from cfs.errors import FormatError, InvalidRequestError, NotFoundError
 from cfs.tree import Directory, Inode, Regular, Special, Symlink, inode_of, walk
 
 if TYPE_CHECKING:
     from cfs.inodes import Ino, InodeVector
 
-__all__ = ["format_listing", "format_tree", "format_vector", "object_paths"]
+__all__ = [
+    "format_backing_path",
+    "format_file",
+    "format_listing",
+    "format_tree",
+    "format_vector",
+    "object_paths",
+]
 
 
 def format_vector(vector: "InodeVector", *, filters: Sequence[bytes] = ()) -> Iterator[bytes]:
@@ -127,6 +136,88 @@ def object_paths(vectors: Iterable["InodeVector"], *, filters: Sequence[bytes] =
     return sorted(paths)
 
 
+def format_file(vector: "InodeVector", path: bytes) -> Iterator[bytes]:
+    """Yield the lines of composefs-rs's ``cfsctl dump-files`` for one path.
+
+    A directory is followed by all that is below it.  Paths are printed as given.
+
+    Args:
+        vector: tree view of an image.
+        path: from the root, with or without a slash before it.
+
+    Raises:
+        NotFoundError: there is no such file.
+        FormatError: the path leads through something that is no directory.
+        InvalidRequestError: it has ``..``.
+    """
+    first_names: dict[int, bytes] = {}
+    stack = [(path, _find(vector, path))]
+    while stack:
+        path, ino = stack.pop()
+        if vector.is_directory(ino):
+            prefix = path.rstrip(b"/") + b"/"
+            below = [(prefix + name, child) for name, child in vector.entries(ino)]
+            stack.extend(reversed(below))
+        elif first_names.setdefault(ino, path) is not path:
+            yield _format_link(escape(path), escape(first_names[ino]))
+            continue
+        yield _format_row(vector, ino, escape(path))
+
+
+def format_backing_path(vector: "InodeVector", path: bytes) -> bytes:
+    """Return a line that says where the content of a file is: ``inline`` or an object path.
+
+    Arguments and errors as for :func:`format_file`; a directory is an ``InvalidRequestError``.
+    """
+    ino = _find(vector, path)
+    if vector.is_directory(ino):
+        msg = f"{os.fsdecode(path)} is a directory"
+        raise InvalidRequestError(msg)
+    return b"%s %s\n" % (path, vector.object_path(ino) or b"inline")
+
+
+def _find(vector: "InodeVector", path: bytes) -> "Ino":
+    names = [name for name in path.split(b"/") if name not in (b"", b".")]
+    if b".." in names:
+        msg = f"invalid path {os.fsdecode(path)!r}: '..' is not allowed"
+        raise InvalidRequestError(msg)
+    from cfs.inodes import ROOT  # noqa: PLC0415 - numpy, only where a vector exists
+
+    ino = ROOT
+    for depth, name in enumerate(names):
+        if not vector.is_directory(ino):
+            msg = f"{os.fsdecode(path)}: {os.fsdecode(names[depth - 1])} is not a directory"
+            raise FormatError(msg)
+        try:
+            ino = vector.lookup(ino, name)
+        except NotFoundError:
+            msg = f"{os.fsdecode(path)} not found: {os.fsdecode(name)} does not exist"
+            raise NotFoundError(msg) from None
+    return ino
+
+
+def _format_row(vector: "InodeVector", ino: "Ino", path: bytes) -> bytes:
+    mode = int(vector.mode[ino])
+    has_size = stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+    line = b"%s %d %o %d %d %d %d %d.%d %s %s %s" % (
+        path,
+        vector.size[ino] if has_size else 0,
+        mode,
+        vector.nlink[ino],
+        vector.uid[ino],
+        vector.gid[ino],
+        vector.rdev[ino],
+        vector.mtime_sec[ino],
+        vector.mtime_nsec[ino],
+        *_contents(vector, ino, mode),
+    )
+    return line + _format_xattrs(sorted(vector.xattrs(ino).items())) + b"\n"
+
+
+def _format_link(path: bytes, first_name: bytes) -> bytes:
+    return b"%s 0 @120000 - - - - 0.0 %s - -\n" % (path, first_name)
+
+
 def format_tree(root: Directory) -> Iterator[bytes]:
     """Yield the lines of composefs-rs's ``cfsctl create-dumpfile`` for a tree.
 
@@ -149,7 +240,7 @@ def format_tree(root: Directory) -> Iterator[bytes]:
         if first_name is path:
             yield _format_inode(path, inode, names[id(inode)])
         else:
-            yield b"%s 0 @120000 - - - - 0.0 %s - -\n" % (path, first_name)
+            yield _format_link(path, first_name)
 
 
 def _format_inode(path: bytes, inode: Inode, nlink: int) -> bytes:

@@ -1,6 +1,7 @@
-"""Open an image file as a view.  Pure but for reading the file."""
+"""Read an image as a view."""
 
 import os
+import stat
 from enum import Enum
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cfs.erofs.reader import read_image
 from cfs.errors import FormatError
 from cfs.inodes import InodeVector
 
-__all__ = ["View", "open_image"]
+__all__ = ["View", "load_image", "open_image", "parse_image"]
 
 
 class View(Enum):
@@ -24,31 +25,53 @@ class View(Enum):
 
 
 def open_image(path: str | bytes | os.PathLike[str], *, view: View = View.MOUNT) -> InodeVector:
-    """Read and check an image file.
-
-    The file is copied: what happens to it afterwards changes nothing.
-
-    Args:
-        path: the image.
-        view: everything as stored, the tree it was made from, or what a mount shows.
+    """Read and check an image file; as :func:`load_image`, given a path.
 
     Raises:
         FormatError: it is no valid image; the message starts with the path.
         OSError: the file cannot be read.
     """
-    with Path(os.fsdecode(path)).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size or MAX_IMAGE_SIZE  # devices do not say
+    with Path(os.fsdecode(path)).open("rb", buffering=0) as file:
+        return load_image(file.fileno(), os.fsdecode(path), view=view)
+
+
+def load_image(fd: int, name: str, *, view: View = View.MOUNT) -> InodeVector:
+    """Read and check an image.
+
+    The file is copied: what happens to it afterwards changes nothing.
+
+    Args:
+        fd: open for reading, at its start; borrowed, its position moves.
+        name: for messages.
+        view: everything as stored, the tree it was made from, or what a mount shows.
+
+    Raises:
+        FormatError: it is no valid image.
+        OSError: it cannot be read.
+    """
+    with open(fd, "rb", closefd=False) as file:
+        status = os.fstat(fd)
+        size = status.st_size if stat.S_ISREG(status.st_mode) else MAX_IMAGE_SIZE  # others hide it
         data = b""
         if size <= MAX_IMAGE_SIZE:
             data = file.read(size + 1)
             size = len(data)
-        if size > MAX_IMAGE_SIZE:
-            msg = f"{os.fsdecode(path)}: size is {size}: expected at most {MAX_IMAGE_SIZE}"
-            raise FormatError(msg)
+    if size > MAX_IMAGE_SIZE:
+        msg = f"{name}: size is {size}: expected at most {MAX_IMAGE_SIZE}"
+        raise FormatError(msg)
+    return parse_image(data, name, view=view)
+
+
+def parse_image(data: bytes, name: str, *, view: View = View.MOUNT) -> InodeVector:
+    """Check an image in memory; as :func:`load_image`.
+
+    Raises:
+        FormatError: it is no valid image.
+    """
     try:
         vector = read_image(np.frombuffer(data, np.uint8))
     except FormatError as error:
-        msg = f"{os.fsdecode(path)}: {error}"
+        msg = f"{name}: {error}"
         raise FormatError(msg) from error
     if view is View.RAW:
         return vector

@@ -109,6 +109,9 @@ def check_xattrs(xattrs: dict[bytes, bytes]) -> None:
         if not 1 <= len(name) <= XATTR_NAME_SIZE_MAX:
             msg = f"xattr name of {len(name)} bytes: expected 1 to {XATTR_NAME_SIZE_MAX}"
             raise FormatError(msg)
+        if b"\0" in name:
+            msg = f"xattr name {name!r}: expected no nul in it"
+            raise FormatError(msg)
     size = 12 + sum(7 + len(name) + len(value) for name, value in xattrs.items())
     if size > XATTRS_SIZE_MAX:
         msg = f"xattrs of {size} bytes together: expected at most {XATTRS_SIZE_MAX}"
@@ -144,9 +147,13 @@ def _check_inode(inode: Inode, expected: type[Inode] = Inode) -> None:
         _refuse_numbers(inode)
     if isinstance(inode, Regular):
         _check_regular(inode)
-    elif isinstance(inode, Symlink) and not 1 <= len(inode.target) <= SYMLINK_SIZE_MAX:
-        msg = f"target of {len(inode.target)} bytes: expected 1 to {SYMLINK_SIZE_MAX}"
-        raise FormatError(msg)
+    elif isinstance(inode, Symlink):
+        if not 1 <= len(inode.target) <= SYMLINK_SIZE_MAX:
+            msg = f"target of {len(inode.target)} bytes: expected 1 to {SYMLINK_SIZE_MAX}"
+            raise FormatError(msg)
+        if b"\0" in inode.target:
+            msg = f"target {inode.target!r}: expected no nul in it"
+            raise FormatError(msg)
 
 
 def _refuse_numbers(inode: Inode) -> NoReturn:

@@ -23,7 +23,7 @@ from cfs.tree import (
     Regular,
     Special,
     Symlink,
-    count_links,
+    settle_links,
     walk,
 )
 from tests.paths import DATA, PUBLIC_DUMPS
@@ -75,7 +75,7 @@ def refuse(data: bytes, words: str, *, strict: bool = False) -> None:
 
 def describe(root: Directory) -> list[tuple[object, ...]]:
     """Everything a tree says, in a form that compares."""
-    count_links(root)
+    settle_links(root)
     rows: list[tuple[object, ...]] = []
     for path, child in walk(root):
         inode = child.inode if isinstance(child, Link) else child

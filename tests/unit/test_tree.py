@@ -1,6 +1,6 @@
 import stat
 
-from cfs.tree import Directory, Link, Regular, Special, count_links, walk
+from cfs.tree import Directory, Link, Regular, Special, settle_links, walk
 
 
 def small_tree() -> tuple[Directory, Regular]:
@@ -23,13 +23,30 @@ def test_walk_of_a_very_deep_tree_does_not_recurse() -> None:
     assert sum(1 for _ in walk(root)) == 5001
 
 
-def test_count_links_counts_every_name() -> None:
-    root, file = small_tree()
-    count_links(root)
-    assert file.nlink == 3
-
-
 def test_only_a_character_device_0_0_is_a_whiteout() -> None:
     assert Special(mode=stat.S_IFCHR).is_whiteout
     assert not Special(mode=stat.S_IFCHR, rdev=1).is_whiteout
     assert not Special(mode=stat.S_IFBLK).is_whiteout
+
+
+def test_settle_links_moves_a_leaf_to_its_first_name() -> None:
+    file = Regular(mode=stat.S_IFREG, nlink=9)
+    below = Directory(mode=stat.S_IFDIR)
+    below.children = {b"z": file, b"c": Link(file)}
+    root = Directory(mode=stat.S_IFDIR)
+    root.children = {b"e": Link(file), b"d": below}
+    settle_links(root)
+    assert below.children[b"c"] is file
+    for link in (below.children[b"z"], root.children[b"e"]):
+        assert isinstance(link, Link)
+        assert link.inode is file
+    assert file.nlink == 3
+
+
+def test_settle_links_gives_a_place_to_a_leaf_that_has_lost_its_own() -> None:
+    file = Regular(mode=stat.S_IFREG)
+    root = Directory(mode=stat.S_IFDIR)
+    root.children = {b"a": Link(file)}
+    settle_links(root)
+    assert root.children[b"a"] is file
+    assert file.nlink == 1
