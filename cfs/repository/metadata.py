@@ -1,0 +1,232 @@
+"""``meta.json`` as a value: parse and encode (spec repository 1.3).
+
+Parsing is as strict as that of composefs-rs: what one tool opens the other one opens too.
+Nothing here touches the file system; any thread may call.
+"""
+
+import json
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+from cfs.digest import Algorithm
+from cfs.errors import FormatError, InvalidRequestError, UnsupportedError
+
+__all__ = ["Formats", "Metadata", "format_algorithm", "parse_algorithm"]
+
+_VERSION = 1
+_MAX_VERSION = 0xFFFF_FFFF
+_FORMATS = (0, 1, 2)
+_KEYS = ("version", "algorithm", "features", "erofs_formats")
+_FEATURES = ("compatible", "read-only-compatible", "incompatible")
+_PREFIX = "fsverity-"
+_BLOCK_BITS = "12"
+_V1_EROFS = "v1_erofs"
+_KNOWN_READ_ONLY_COMPATIBLE = frozenset([_V1_EROFS])
+
+
+def format_algorithm(algorithm: Algorithm) -> str:
+    """Return the name that ``meta.json`` uses: ``fsverity-sha256-12`` for instance."""
+    return f"{_PREFIX}{algorithm.name.lower()}-{_BLOCK_BITS}"
+
+
+def parse_algorithm(text: str) -> Algorithm:
+    """Return the algorithm of a name that :func:`format_algorithm` gives.
+
+    Raises:
+        FormatError: there is no such name, or its block size is not 4096.
+    """
+    name, _, block_bits = text.removeprefix(_PREFIX).rpartition("-")
+    if text.startswith(_PREFIX) and block_bits == _BLOCK_BITS:
+        try:
+            return Algorithm.parse(name)
+        except InvalidRequestError:
+            pass
+    msg = f"algorithm {text!r}: expected fsverity-sha256-12 or fsverity-sha512-12"
+    raise FormatError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """The image formats of a store.
+
+    Attributes:
+        default: 0, 1 or 2.
+        extra: further formats that every image is written in, ascending.
+    """
+
+    default: int
+    extra: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """The contents of ``meta.json``.
+
+    Attributes:
+        version: of the store's layout; 0 or 1.
+        algorithm: names all objects.
+        compatible: features that nobody needs to know.
+        read_only_compatible: features that a writer has to know.
+        incompatible: features that everybody has to know.
+        stored_formats: ``erofs_formats`` as written, or None.
+    """
+
+    version: int = _VERSION
+    algorithm: Algorithm
+    compatible: tuple[str, ...] = ()
+    read_only_compatible: tuple[str, ...] = ()
+    incompatible: tuple[str, ...] = ()
+    stored_formats: Formats | None = None
+
+    @classmethod
+    def create(cls, algorithm: Algorithm, erofs_version: int) -> Self:
+        """Return what a new store with a single image format gets."""
+        return cls(
+            algorithm=algorithm,
+            read_only_compatible=(_V1_EROFS,) if erofs_version == 1 else (),
+            stored_formats=Formats(erofs_version),
+        )
+
+    @property
+    def formats(self) -> Formats:
+        """The formats that count: a stored ``{default: 2}`` says less than ``v1_erofs`` does."""
+        if self.stored_formats is not None and self.stored_formats != Formats(2):
+            return self.stored_formats
+        return Formats(1 if _V1_EROFS in self.read_only_compatible else 2)
+
+    def check_readable(self) -> None:
+        """Refuse a store that needs a newer tool.
+
+        Raises:
+            UnsupportedError: its version is above 1, or it has incompatible features.
+        """
+        if self.version > _VERSION:
+            msg = (
+                f"unsupported repository format version {self.version} "
+                f"(this tool supports up to {_VERSION})"
+            )
+            raise UnsupportedError(msg)
+        if self.incompatible:
+            features = json.dumps(self.incompatible, ensure_ascii=False)
+            msg = f"repository requires unknown incompatible features: {features}"
+            raise UnsupportedError(msg)
+
+    def check_writable(self) -> None:
+        """Refuse to write to a store whose read-only-compatible features are not all known.
+
+        Raises:
+            UnsupportedError: one is not.
+        """
+        unknown = [
+            name for name in self.read_only_compatible if name not in _KNOWN_READ_ONLY_COMPATIBLE
+        ]
+        if unknown:
+            features = json.dumps(unknown, ensure_ascii=False)
+            msg = f"repository has unknown read-only-compatible features, not writing: {features}"
+            raise UnsupportedError(msg)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Return the metadata of a file's contents.
+
+        Raises:
+            FormatError: it is no JSON, or a known key is missing, twice or of another type.
+        """
+        top = _fields(_load(data), "top", _KEYS)
+        features = _fields(top.get("features", _Object()), "features", _FEATURES)
+        algorithm = top.get("algorithm")
+        if not isinstance(algorithm, str):
+            msg = f"meta.json: algorithm: expected a string, found {algorithm!r:.40}"
+            raise FormatError(msg)
+        stored = None
+        if "erofs_formats" in top:
+            stored = _parse_formats(
+                _fields(top["erofs_formats"], "erofs_formats", ("default", "extra"))
+            )
+        return cls(
+            version=_integer(top, "version", range(_MAX_VERSION + 1)),
+            algorithm=parse_algorithm(algorithm),
+            compatible=_strings(features, "compatible"),
+            read_only_compatible=_strings(features, "read-only-compatible"),
+            incompatible=_strings(features, "incompatible"),
+            stored_formats=stored,
+        )
+
+    def encode(self) -> bytes:
+        """Return the contents of the file, byte for byte as composefs-rs writes them."""
+        top: dict[str, object] = {
+            "version": self.version,
+            "algorithm": format_algorithm(self.algorithm),
+            "features": {
+                "compatible": self.compatible,
+                "read-only-compatible": self.read_only_compatible,
+                "incompatible": self.incompatible,
+            },
+        }
+        if self.stored_formats is not None:
+            formats: dict[str, object] = {"default": self.stored_formats.default}
+            if self.stored_formats.extra:
+                formats["extra"] = self.stored_formats.extra
+            top["erofs_formats"] = formats
+        return (json.dumps(top, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs: a key may be twice, which is an error if it is known."""
+
+
+def _load(data: bytes) -> object:
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_Object, parse_constant=_refuse_constant)
+    # ValueError: syntax, encoding or a number of thousands of digits
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or "nested too deep"
+        msg = f"meta.json is no JSON: {reason[:1].lower()}{reason[1:]}"
+        raise FormatError(msg) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    msg = f"{name} is no number of JSON"
+    raise ValueError(msg)
+
+
+def _fields(value: object, name: str, known: Sequence[str]) -> Mapping[str, Any]:
+    """Return the known keys of an object."""
+    if not isinstance(value, _Object):
+        msg = f"meta.json: {name}: expected an object, found {value!r:.40}"
+        raise FormatError(msg)
+    fields: dict[str, Any] = {}
+    for key, field in value:
+        if key in fields:
+            msg = f"meta.json: {name}: {key} is there twice"
+            raise FormatError(msg)
+        if key in known:
+            fields[key] = field
+    return fields
+
+
+def _integer(fields: Mapping[str, Any], key: str, values: Container[int]) -> int:
+    value = fields.get(key)
+    if type(value) is not int or value not in values:  # True is an int, too
+        found = repr(value)[:40] if key in fields else "nothing"
+        msg = f"meta.json: {key}: found {found}, expected one of {values}"
+        raise FormatError(msg)
+    return value
+
+
+def _strings(fields: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = fields.get(key, [])
+    if type(value) is not list or not all(isinstance(item, str) for item in value):
+        msg = f"meta.json: {key}: expected a list of strings, found {value!r:.40}"
+        raise FormatError(msg)
+    return tuple(value)
+
+
+def _parse_formats(fields: Mapping[str, Any]) -> Formats:
+    extra = fields.get("extra", [])
+    if type(extra) is not list:
+        msg = f"meta.json: extra: expected a list, found {extra!r:.40}"
+        raise FormatError(msg)
+    versions = {_integer({"extra": item}, "extra", _FORMATS) for item in extra}
+    return Formats(_integer(fields, "default", _FORMATS), tuple(sorted(versions)))

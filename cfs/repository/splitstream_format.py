@@ -1,0 +1,40 @@
+"""The format of splitstreams (spec repository 3.1 to 3.4); all integers are little-endian."""
+
+import struct
+from typing import Final
+
+__all__ = [
+    "BLOCK_BITS",
+    "CHUNK",
+    "COPY_SIZE",
+    "HEADER",
+    "INFO",
+    "MAGIC",
+    "OLD_HEADER",
+    "VERSION",
+    "ContentType",
+]
+
+MAGIC = b"SplitStream"
+VERSION = 0
+BLOCK_BITS = 12
+
+# magic, version, flags, hash, block bits, start and end of the info block
+HEADER = struct.Struct("<11sBHBBQQ")
+# the same in another order: stores of bootc up to 1.15
+OLD_HEADER = struct.Struct("<QQH11sBBB")
+# ranges of stream references, object references, contents and names; content type, total size
+INFO = struct.Struct("<QQQQQQQQ8sQ")
+# -n: n bytes of inline data follow; k: object reference k
+CHUNK = struct.Struct("<q")
+
+COPY_SIZE = 1 << 16  # no part of the format: bytes read or written at once
+
+
+class ContentType:
+    """Eight bytes that say what a stream holds; any others may come."""
+
+    LAYER: Final = b"ocilayer"
+    CONFIG: Final = b"ociconfg"
+    MANIFEST: Final = b"ocimanif"
+    BLOB: Final = b"oci_blob"
