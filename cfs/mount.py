@@ -11,12 +11,12 @@ import time
 
 from cfs.errors import MountError
 from cfs.linux.fusedev import fusermount, fusermount_detach, open_device
+from cfs.linux.mountinfo import mounted_at
 from cfs.linux.mounts import (
     MountAttr,
     attach_mount,
     create_mount,
     detach_mount,
-    mounted_at,
 )
 
 __all__ = [
@@ -113,6 +113,7 @@ class FuseMount:
         mountpoint: from :func:`prepare_mountpoint`.
         name: shown as source, ``composefs:NAME``.
         allow_other: let other users in.
+        attributes: of the mount, besides those that it always has.
 
     Attributes:
         device_fd: the FUSE device to serve.
@@ -124,7 +125,14 @@ class FuseMount:
 
     device: int | None = None
 
-    def __init__(self, mountpoint: str, name: str, *, allow_other: bool) -> None:
+    def __init__(
+        self,
+        mountpoint: str,
+        name: str,
+        *,
+        allow_other: bool,
+        attributes: MountAttr = MountAttr.NONE,
+    ) -> None:
         self._mountpoint = mountpoint
         self._mount_fd = -1
         try:
@@ -136,13 +144,17 @@ class FuseMount:
         source = mount_source(name)
         if device_fd >= 0:
             try:
-                self._mount_fd = create_detached(device_fd, source, allow_other=allow_other)
+                self._mount_fd = create_detached(
+                    device_fd, source, allow_other=allow_other, attributes=attributes
+                )
             except MountError as error:
                 os.close(device_fd)
                 if error.errno != errno.EPERM or os.geteuid() == 0:
                     raise
         if self._mount_fd < 0:
-            device_fd = _mount_in_place(mountpoint, source, allow_other=allow_other)
+            device_fd = _mount_in_place(
+                mountpoint, source, allow_other=allow_other, attributes=attributes
+            )
             self.device = mounted_at(mountpoint)
         self.device_fd = device_fd
 
@@ -191,7 +203,13 @@ def mount_source(name: str) -> bytes:
     return b"composefs:" + os.fsencode(name)[-room:]
 
 
-def create_detached(device_fd: int, source: bytes, *, allow_other: bool) -> int:
+def create_detached(
+    device_fd: int,
+    source: bytes,
+    *,
+    allow_other: bool,
+    attributes: MountAttr = MountAttr.NONE,
+) -> int:
     """Make a FUSE file system that is in no tree yet; return the descriptor of its mount.
 
     Raises:
@@ -209,16 +227,20 @@ def create_detached(device_fd: int, source: bytes, *, allow_other: bool) -> int:
     ]
     if allow_other:
         options.append(("allow_other", None))
-    attributes = MountAttr.RDONLY
+    attributes |= MountAttr.RDONLY
     if os.geteuid() != 0:
         attributes |= MountAttr.NOSUID | MountAttr.NODEV
     return create_mount("fuse", options, attributes)
 
 
-def _mount_in_place(mountpoint: str, source: bytes, *, allow_other: bool) -> int:
+def _mount_in_place(
+    mountpoint: str, source: bytes, *, allow_other: bool, attributes: MountAttr
+) -> int:
     escaped = os.fsdecode(source).replace("\\", "\\\\").replace(",", "\\,")
     options = ["ro", "nosuid", "nodev", "default_permissions"]
     options += [f"fsname={escaped}", f"subtype={_SUBTYPE}"]
     if allow_other:
         options.append("allow_other")
+    if attributes & MountAttr.NOEXEC:
+        options.append("noexec")
     return fusermount(mountpoint, options)

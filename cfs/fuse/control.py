@@ -21,6 +21,7 @@ from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover
 from cfs.fuse.operations import VectorOperations
 from cfs.fuse.shared import attach
 from cfs.fuse.unservable import ServeError, format_line
+from cfs.linux.traces import remove_traces
 from cfs.mount import detach
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def run(
 class _Control:
     """What the tasks of the loop share.
 
-    While ``_is_supervised``, taking the mount down is the business of the supervisor.
+    While ``_is_supervised``, taking the mount down, with its traces, is the business of the
+    supervisor.
     """
 
     def __init__(self, handover: Handover, plane: "DataPlane | None") -> None:
@@ -85,6 +87,8 @@ class _Control:
                     nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=False)
+            if not self._is_supervised:
+                remove_traces(handover.traces)
 
     async def _talk(self, channel: trio.socket.SocketType) -> None:
         """Say when the mount serves; end it when the starter goes without a word."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cfs.linux.sockets import receive_fds
+from cfs.linux.traces import Trace
 
 __all__ = ["MESSAGE_SIZE", "SIGNALS", "Handover", "channel_pair", "receive", "send"]
 
@@ -23,7 +24,7 @@ MESSAGE_SIZE = 1024
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # end; print the statistics
 _SETTINGS_SIZE = 64 * 1024
 _MAX_FDS = 250  # in one message; the kernel takes 253
-_DESCRIPTORS = ("vector", "state", "devices", "objects")
+_DESCRIPTORS = ("vector", "state", "devices", "objects", "traces")
 
 
 class Handover(NamedTuple):
@@ -35,6 +36,7 @@ class Handover(NamedTuple):
         devices: the mount's FUSE device and its clones, one for each worker; with
             ``workers=0`` one alone.
         objects: objects directories, searched in this order.
+        traces: what others see while the mount is served; the names are removed at the end.
         mountpoint: without symlinks, named only to take the mount down.
         device: device number of the mount, None before it is visible.
         grace: seconds for those who use the mount when it is told to end.
@@ -52,6 +54,7 @@ class Handover(NamedTuple):
     state: int
     devices: Sequence[int]
     objects: Sequence[int]
+    traces: Sequence[Trace]
     mountpoint: str
     grace: float
     has_workers: bool
@@ -76,11 +79,14 @@ def send(channel: socket.socket, handover: Handover) -> None:
         OSError: the process has gone.
     """
     fds = [handover.vector, handover.state, *handover.devices, *handover.objects]
+    fds += [trace.fd for trace in handover.traces]
     settings = handover._asdict()
     for name in _DESCRIPTORS:
         del settings[name]
     counts = [len(handover.devices), len(handover.objects)]
-    socket.send_fds(channel, [json.dumps([counts, settings]).encode()], fds[:_MAX_FDS])
+    names = [trace.name for trace in handover.traces]
+    message = json.dumps([counts, names, settings]).encode()
+    socket.send_fds(channel, [message], fds[:_MAX_FDS])
     for start in range(_MAX_FDS, len(fds), _MAX_FDS):
         socket.send_fds(channel, [b"more"], fds[start : start + _MAX_FDS])
 
@@ -90,14 +96,15 @@ def receive(channel: socket.socket) -> Handover | None:
     message, fds = receive_fds(channel, _SETTINGS_SIZE, _MAX_FDS)
     if not message:
         return None
-    (nr_devices, nr_objects), settings = json.loads(message)
-    while len(fds) < 2 + nr_devices + nr_objects:
+    (nr_devices, nr_objects), names, settings = json.loads(message)
+    while len(fds) < 2 + nr_devices + nr_objects + len(names):
         _, more = receive_fds(channel, MESSAGE_SIZE, _MAX_FDS)
         if not more:
             return None
         fds += more
     vector, state, *others = fds
     return Handover(
-        vector=vector, state=state, devices=others[:nr_devices], objects=others[nr_devices:],
-        **settings,
+        vector=vector, state=state, devices=others[:nr_devices],
+        objects=others[nr_devices : nr_devices + nr_objects],
+        traces=list(map(Trace, others[nr_devices + nr_objects :], names)), **settings,
     )  # fmt: skip

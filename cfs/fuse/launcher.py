@@ -20,6 +20,7 @@ from cfs.fuse.shared import publish
 from cfs.inodes import InodeVector
 from cfs.linux.files import is_on_overlay, owned
 from cfs.linux.fusedev import clone_device, raise_readahead
+from cfs.linux.traces import Trace
 from cfs.mount import FuseMount, detach, prepare_mountpoint
 
 __all__ = ["Launcher", "serve", "start"]
@@ -47,6 +48,7 @@ class Launcher:
 
     def __init__(self, options: ServeOptions = DEFAULT, *, background: bool = False) -> None:
         self._options = options
+        self._verify = options.verify or Verify.OFF
         self._nr_workers = _count_workers(options)
         if not self._nr_workers and options.passthrough is Passthrough.ON:
             msg = "passthrough needs the extension cfs.fuse._worker, which was not built"
@@ -57,6 +59,12 @@ class Launcher:
             self._process: subprocess.Popen[bytes] | None = spawn(
                 name, theirs, has_workers=self._nr_workers > 0, background=background
             )
+
+    @property
+    def pid(self) -> int:
+        """Number of the process that keeps the mount: supervisor, or without one session."""
+        assert self._process is not None
+        return self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -80,25 +88,33 @@ class Launcher:
         self,
         vector: InodeVector,
         mountpoint: StrPath,
-        basedirs: Sequence[StrPath],
+        basedirs: Sequence[StrPath | int],
         *,
         name: str,
         grace: float = GRACE_SECONDS,
+        traces: Sequence[Trace] = (),
     ) -> Mount:
-        """Mount a vector and return when it serves; arguments and errors as for :func:`start`."""
+        """Mount a vector and return when it serves; arguments and errors as for :func:`start`.
+
+        Copies of the descriptors of ``traces`` are held by the processes of the mount, and the
+        names removed when it ends; if this fails they are the caller's business.
+        """
         assert self._process is not None
         target = prepare_mountpoint(os.fspath(mountpoint))
         with ExitStack() as stack:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             fds = _Descriptors(
-                objects=[owned(stack, os.open(path, flags)) for path in basedirs],
+                objects=[
+                    path if isinstance(path, int) else owned(stack, os.open(path, flags))
+                    for path in basedirs
+                ],
                 state=owned(stack, os.memfd_create("cfs-state", os.MFD_CLOEXEC)),
                 table=owned(stack, publish(self._served_vector(vector))),
             )
             mount = stack.enter_context(closing(self._make_mount(target, name, fds.objects)))
             device = None
             try:
-                self._hand_over(self._settings(target, grace, fds), mount)
+                self._hand_over(self._settings(target, grace, fds, traces), mount)
                 self._wait_until_serving()
                 device = mount.attach()
                 raise_readahead(device)
@@ -120,24 +136,31 @@ class Launcher:
             return vector
         from cfs.fuse.overlay import metadata_vector  # noqa: PLC0415 - only for overlays
 
-        return metadata_vector(vector, verify=self._options.verify)
+        return metadata_vector(vector, verify=self._verify)
 
     def _make_mount(self, target: str, name: str, objects: Sequence[int]) -> FuseMount:
         options = self._options
         if options.mode is Mode.PLAIN:
-            return FuseMount(target, name, allow_other=options.allow_other)
-        from cfs.overlaymount import OverlayLayers, OverlayMount  # noqa: PLC0415 - see above
+            return FuseMount(
+                target, name, allow_other=options.allow_other, attributes=options.attributes
+            )
+        from cfs.overlaymount import OverlayLayers, OverlayMount, OverlayVerity  # noqa: PLC0415
+
+        is_required = self._verify is Verify.REQUIRE
 
         layers = OverlayLayers(
             objects=objects,
             upperdir=options.upperdir,
             workdir=options.workdir,
             read_write=options.read_write,
-            require_verity=options.verify is Verify.REQUIRE,
+            verity=OverlayVerity.REQUIRE if is_required else OverlayVerity.OFF,
+            attributes=options.attributes,
         )
         return OverlayMount(target, name, layers)
 
-    def _settings(self, target: str, grace: float, fds: _Descriptors) -> Handover:
+    def _settings(
+        self, target: str, grace: float, fds: _Descriptors, traces: Sequence[Trace]
+    ) -> Handover:
         options = self._options
         is_overlay = options.mode is Mode.OVERLAY
         wants_depth = options.passthrough is not Passthrough.OFF
@@ -146,13 +169,14 @@ class Launcher:
             state=fds.state,
             devices=(),
             objects=fds.objects,
+            traces=traces,
             mountpoint=target,
             grace=grace,
             has_workers=self._nr_workers > 0,
             is_metadata_only=is_overlay,
             passthrough=Passthrough.OFF if is_overlay else options.passthrough,
             stack_depth=2 if wants_depth and any(map(is_on_overlay, fds.objects)) else 1,
-            verify=Verify.OFF if is_overlay else options.verify,  # overlayfs verifies
+            verify=Verify.OFF if is_overlay else self._verify,  # overlayfs verifies
             masked_flags=options.masked_flags,
         )
 
@@ -206,7 +230,7 @@ def start(
     Args:
         vector: mount view of an image.
         mountpoint: existing directory.
-        basedirs: objects directories, searched in this order.
+        basedirs: objects directories, searched in this order; descriptors stay the caller's.
         name: of the image, shown as mount source ``composefs:NAME``.
         options: how to serve.
         background: give the processes no standard streams.

@@ -5,13 +5,34 @@ Meaning of each choice: spec cli-and-varlink c.6 and c.7.  Values only, no share
 
 import os
 from dataclasses import dataclass
+from typing import TypedDict
 
 from cfs.errors import InvalidRequestError
 from cfs.fuse.choices import Mode, Passthrough, Verify
+from cfs.linux.mounts import MountAttr
 
-__all__ = ["DEFAULT", "MAX_WORKERS", "Mode", "Passthrough", "ServeOptions", "Verify"]
+__all__ = [
+    "DEFAULT",
+    "MAX_WORKERS",
+    "Mode",
+    "Passthrough",
+    "ServeChoices",
+    "ServeOptions",
+    "Verify",
+]
 
 MAX_WORKERS = 16  # CFS_MAX_THREADS of worker/internal.h
+
+
+class ServeChoices(TypedDict, total=False):
+    """What a user has said of :class:`ServeOptions`; the rest is for us to choose."""
+
+    mode: Mode
+    workers: int
+    passthrough: Passthrough
+    verify: Verify
+    supervise: bool
+    allow_other: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +44,14 @@ class ServeOptions:
         workers: number of C threads, at most :data:`MAX_WORKERS`; None: one for each usable
             CPU; 0: pyfuse3 alone, the reference plane.
         passthrough: let the kernel read objects; ``AUTO`` falls back silently.
-        verify: check an object's digest at first use; ``REQUIRE`` takes fs-verity only.
+        verify: check an object's digest at first use; ``REQUIRE`` takes fs-verity only; None:
+            whatever suits the store, without one ``OFF``.
         supervise: keep a supervisor, which replaces a session that died; else nothing is pushed.
         allow_other: let other users in.
         upperdir: where an overlay keeps changes; needs ``workdir``.
         workdir: work directory of an overlay, on the file system of ``upperdir``.
         read_write: make the overlay writable.
+        attributes: of the mount, as ``nosuid``, besides those that it always has.
         masked_flags: FUSE INIT flags (64 bits) not to use, for tests.
 
     Raises:
@@ -38,12 +61,13 @@ class ServeOptions:
     mode: Mode = Mode.PLAIN
     workers: int | None = None
     passthrough: Passthrough = Passthrough.OFF
-    verify: Verify = Verify.OFF
+    verify: Verify | None = None
     supervise: bool = True
     allow_other: bool = False
     upperdir: str | None = None
     workdir: str | None = None
     read_write: bool = False
+    attributes: MountAttr = MountAttr.NONE
     masked_flags: int = 0
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ from cfs.errors import CfsError
 from cfs.fuse.deaths import Deaths, describe_status
 from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover, channel_pair, receive, send
 from cfs.fuse.program import spawn
+from cfs.linux.traces import remove_traces
 
 __all__ = ["main"]
 
@@ -154,6 +155,7 @@ class _Supervisor:
         if self._detaching is not None:
             self._detaching.join()
         self._detach()
+        remove_traces(self._handover.traces)
         return self._status
 
     def _wait(self, signals: socket.socket) -> set[int]:

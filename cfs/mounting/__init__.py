@@ -1,0 +1,1 @@
+"""Images on mount points: kernel or FUSE, what is mounted, what keeps it alive."""
