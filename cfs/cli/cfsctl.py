@@ -19,7 +19,6 @@ from cfs.errors import UnsupportedError
 __all__ = ["cfsctl", "run"]
 
 _USAGE_STATUS = 2
-_SELECTORS = {"repo": "--repo", "user": "--user", "system": "--system"}
 
 
 class _Entry(NamedTuple):
@@ -32,6 +31,21 @@ class _Entry(NamedTuple):
 
 
 _COMMANDS = {
+    "init": _Entry("repository", "init", "Make a store"),
+    "transaction": _Entry("repository", "transaction", "Keep the store open until a signal"),
+    "cat": _Entry("repository", "cat", "Print a stream"),
+    "gc": _Entry("collect", "gc", "Remove what no name needs"),
+    "fsck": _Entry("collect", "fsck", "Check the store"),
+    "create-image": _Entry("image", "create_image", "Store a directory as an image"),
+    "import-image": _Entry("images", "import_image", "Store an image file from stdin"),
+    "images": _Entry("images", "images", "List the named images"),
+    "list-images": _Entry("images", "images", "", is_hidden=True),
+    "image-objects": _Entry("images", "image_objects", "List the objects that an image needs"),
+    "dump-files": _Entry("images", "dump_files", "Print files of an image as dumpfile lines"),
+    "compute-karg": _Entry("image", "compute_karg", "Print the kernel argument of a directory"),
+    "mount": _Entry("mount", "mount", "Mount an image of the store"),
+    "ps": _Entry("mounts", "ps", "List the FUSE mounts"),
+    "umount": _Entry("mounts", "umount", "Unmount FUSE mounts"),
     "compute-id": _Entry("image", "compute_id", "Print the digest of a directory's image"),
     "create-dumpfile": _Entry("image", "create_dumpfile", "Print a directory as a dumpfile"),
     "fuse-serve": _Entry("serve", "fuse_serve", "Serve an image over FUSE"),
@@ -94,11 +108,17 @@ def cfsctl(
     *,
     hash_name: str | None,
     erofs_version: str | None,
+    repo: str | None,
+    user: bool,
+    system: bool,
+    insecure: bool,
+    require_verity: bool,
+    no_upgrade: bool,
     no_repo: bool,
-    **store: object,
 ) -> None:
     """Make, keep and serve composefs images."""
-    selectors = [option for name, option in _SELECTORS.items() if store[name]]
+    given = {"--repo": repo is not None, "--user": user, "--system": system}
+    selectors = [option for option, is_given in given.items() if is_given]
     if len(selectors) > 1:
         msg = f"{selectors[0]} cannot be used with {selectors[1]}"
         raise click.UsageError(msg, ctx)
@@ -106,6 +126,12 @@ def cfsctl(
         algorithm=None if hash_name is None else Algorithm.parse(hash_name),
         erofs_version=None if erofs_version is None else int(erofs_version),
         has_repository=not no_repo,
+        path=repo,
+        is_user=user,
+        is_system=system,
+        insecure=insecure,
+        require_verity=require_verity,
+        upgrade=not no_upgrade,
     )
 
 

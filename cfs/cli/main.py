@@ -9,9 +9,12 @@ import sys
 
 __all__ = ["main"]
 
+_INTERRUPT_STATUS = 130
 _TOOLS = {
     "mkcomposefs": "cfs.cli.mkcomposefs",
     "composefs-info": "cfs.cli.composefs_info",
+    "mount.composefs": "cfs.cli.mount_composefs",
+    "mount.fuse.composefs": "cfs.cli.mount_fuse_composefs",
 }
 
 
@@ -21,7 +24,10 @@ def main() -> int:
     name = os.path.basename(sys.argv[0])
     if name not in _TOOLS and arguments and arguments[0] in _TOOLS:
         name = arguments.pop(0)
-    status: int = importlib.import_module(_TOOLS.get(name, "cfs.cli.cfsctl")).run(arguments)
+    try:
+        status: int = importlib.import_module(_TOOLS.get(name, "cfs.cli.cfsctl")).run(arguments)
+    except KeyboardInterrupt:  # while modules were imported
+        return _INTERRUPT_STATUS
     return status
 
 

@@ -1,13 +1,28 @@
-"""Writing an image to where the user wants it, whole or not at all."""
+"""Results where the user wants them: files, whole or not at all, and JSON on stdout."""
 
 import os
 import secrets
 import stat
+import sys
 from contextlib import suppress
 
-__all__ = ["write_output"]
+__all__ = ["print_json", "write_output"]
 
 _MODE = 0o666  # the umask takes its part
+
+
+def print_json(document: object) -> None:
+    """Print a document as JSON in UTF-8, whatever the locale (spec cli-and-varlink a.9).
+
+    Raises:
+        OSError: stdout does not take it.
+    """
+    import json
+
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    sys.stdout.flush()
+    # what is no UTF-8 becomes an escape of JSON, so that it can be parsed and names the same bytes
+    sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
 
 
 def write_output(path: str, data: bytes | bytearray) -> None:

@@ -1,12 +1,14 @@
 """Errors as one line on stderr (spec cli-and-varlink a.3)."""
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable
 
 from cfs.errors import CfsError
 
-__all__ = ["describe", "fail", "run_reporting"]
+__all__ = ["describe", "escape", "fail", "run_reporting"]
 
 _INTERRUPT_STATUS = 130
 _STREAMS = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDWR, "w"))
@@ -18,6 +20,7 @@ def run_reporting(prefix: str, action: Callable[[], int]) -> int:
     If the reader of stdout has gone, nothing is printed.
     """
     _replace_closed_streams()
+    _write_utf8()
     try:
         status = action()
         sys.stdout.flush()
@@ -28,6 +31,8 @@ def run_reporting(prefix: str, action: Callable[[], int]) -> int:
         return 1
     except (CfsError, OSError) as error:
         return fail(prefix, describe(error))
+    except MemoryError:
+        return fail(prefix, os.strerror(errno.ENOMEM))
     return status
 
 
@@ -39,7 +44,14 @@ def describe(error: CfsError | OSError) -> str:
         text = error.strerror or str(error)
     else:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+    return escape(text)
+
+
+def escape(text: str) -> str:
+    """Return text that stays in its line and moves no cursor, whatever names it holds."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def fail(prefix: str, message: str) -> int:
@@ -57,6 +69,13 @@ def _discard_stdout() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
+
+
+def _write_utf8() -> None:
+    """Print UTF-8 in every locale, as composefs-rs does, and names as the bytes they are."""
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def _replace_closed_streams() -> None:

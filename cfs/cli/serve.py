@@ -1,12 +1,13 @@
 """``cfsctl fuse-serve``: serve an image file over FUSE (spec cli-and-varlink c.7)."""
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import click
 
 from cfs.cli.fuse_options import parse_items
+from cfs.cli.runtime import records_directory
 from cfs.cli.strict import StrictCommand, find_global_options
 from cfs.errors import InvalidRequestError, UnsupportedError
 
@@ -32,7 +33,11 @@ def _parse_grace(ctx: click.Context, param: click.Parameter, seconds: float) -> 
     "mode=plain|overlay, verify=off|open|require, supervise=on|off, allow-other.",
 )  # fmt: skip
 @click.option(
-    "--basedir", "basedirs", metavar="DIR", multiple=True, help="Directory of objects; repeatable."
+    "--basedir",
+    "basedirs",
+    metavar="DIR",
+    multiple=True,
+    help="Directory of objects, instead of the store; repeatable.",
 )
 @click.option("--background", is_flag=True, help="Return when the image is served.")
 @click.option("--upperdir", metavar="DIR", help="Upper directory of an overlay.")
@@ -72,10 +77,7 @@ def fuse_serve(
         options = parse_items(items, upperdir=upperdir, workdir=workdir, read_write=read_write)
     except InvalidRequestError as error:
         raise click.UsageError(str(error), ctx) from None
-    if find_global_options(ctx).has_repository and not basedirs:
-        msg = "objects of a store come with the repository: give --basedir, or --no-repo for none"
-        raise UnsupportedError(msg)
-    mount = _start(image, mountpoint, options, basedirs, background=background, grace=grace)
+    mount = _start(ctx, image, mountpoint, options, basedirs, background=background, grace=grace)
     if background:
         mount.leave()
         return
@@ -89,6 +91,7 @@ def fuse_serve(
 
 
 def _start(
+    ctx: click.Context,
     image: str,
     mountpoint: str,
     options: "ServeOptions",
@@ -97,13 +100,19 @@ def _start(
     background: bool,
     grace: float,
 ) -> "Mount":
-    """Mount; the server loads what it needs while we load numpy and read the image."""
-    from cfs.fuse import Launcher
+    """Mount; objects come from the directories or, if there are none, from the store."""
+    from cfs.mounting.serving import serve_file
 
-    with Launcher(options, background=background) as launcher:
-        from cfs.erofs import open_image
+    with ExitStack() as stack:
+        repository = None
+        if find_global_options(ctx).has_repository and not basedirs:
+            from cfs.cli.store import open_store
 
-        return launcher.start(open_image(image), mountpoint, basedirs, name=image, grace=grace)
+            repository = stack.enter_context(open_store(ctx))
+        return serve_file(
+            image, mountpoint, options, basedirs=basedirs, repository=repository,
+            records=records_directory(), background=background, grace=grace,
+        )  # fmt: skip
 
 
 def _print(mount: "Mount") -> None:

@@ -19,11 +19,23 @@ class GlobalOptions:
         algorithm: of ``--hash``, or None.
         erofs_version: of ``--erofs-version``, or None.
         has_repository: False with ``--no-repo``.
+        path: of ``--repo``, or None.
+        is_user: ``--user`` was given.
+        is_system: ``--system`` was given.
+        insecure: ``--insecure`` was given.
+        require_verity: ``--require-verity`` was given.
+        upgrade: False with ``--no-upgrade``.
     """
 
     algorithm: Algorithm | None
     erofs_version: int | None
     has_repository: bool
+    path: str | None
+    is_user: bool
+    is_system: bool
+    insecure: bool
+    require_verity: bool
+    upgrade: bool
 
 
 def find_global_options(ctx: click.Context) -> GlobalOptions:
