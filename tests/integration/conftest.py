@@ -1,8 +1,8 @@
 """Abilities of the machine as fixtures, and a watch over mounts and descriptors.
 
 A test that needs an ability which is missing is skipped with the reason.  The environment
-variable ``CFS_ABILITIES`` ("root fuse overlay private_mounts") names those that must be there:
-then it fails.
+variable ``CFS_ABILITIES`` ("root fuse overlay private_mounts virtual_machine") names those that
+must be there: then it fails.
 """
 
 import os
@@ -18,6 +18,8 @@ import pytest
 from cfs.fuse import Mount, ServeOptions, serve
 from cfs.inodes import InodeVector
 from cfs.linux.mounts import detach_mount
+from tests.vm.cache import Unavailable
+from tests.vm.machine import prepare
 
 Serve = Callable[..., Mount]
 
@@ -66,6 +68,15 @@ def overlay() -> None:
             subprocess.run([modprobe, "-q", fstype], check=False, capture_output=True)
         if f"\t{fstype}\n" not in Path("/proc/filesystems").read_text():
             _lack("overlay", f"the kernel has no {fstype}")
+
+
+@pytest.fixture(scope="session")
+def virtual_machine() -> None:
+    """QEMU and a kernel with fs-verity for it; ``tests/vm/README.md``."""
+    try:
+        prepare()
+    except Unavailable as error:
+        _lack("virtual_machine", f"no virtual machine: {error}")
 
 
 @pytest.fixture(autouse=True)

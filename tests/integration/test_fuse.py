@@ -54,7 +54,7 @@ def put_object(objects: Path, name: str, content: bytes) -> Regular:
 
 
 def mount_line(mount: Mount) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     return next(line for line in lines if f" {mount.mountpoint} " in line).split(" ")
 
 
@@ -523,7 +523,7 @@ def test_unprivileged_user_mounts_through_fusermount3(open_directory: Path) -> N
     body = """
         with cfs.fuse.serve(vector, mnt, [], name="a,b") as mount:
             text = Path(mnt, "f").read_text()
-            lines = Path("/proc/self/mountinfo").read_text().splitlines()
+            lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
             line = next(line for line in lines if f" {mnt} " in line)
             sys.stdout.write(f"{os.geteuid()} {text} {line}")
         assert not os.path.ismount(mnt)

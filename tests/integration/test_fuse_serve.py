@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 import cfs
 from cfs.objectdir import ObjectDirectory
+from tests.integration.waiting import start_server
 from tests.paths import CHECKOUT
 
 pytestmark = pytest.mark.usefixtures("fuse")
@@ -49,22 +49,11 @@ def unmount(mnt: Path) -> None:
         subprocess.run([*tool, str(mnt)], check=True)
 
 
-def serve_in_foreground(command: list[str], tmp_path: Path) -> "subprocess.Popen[bytes]":
-    """Start the command and return when it has told systemd that it serves."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        notified.bind(str(tmp_path / "notify"))
-        notified.settimeout(DEADLINE)
-        environment = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"))
-        server = subprocess.Popen(command, env=environment, cwd=CHECKOUT, stderr=subprocess.PIPE)
-        assert notified.recv(100) == b"READY=1"
-    return server
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_foreground_serves_until_a_signal(
     command: list[str], mnt: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with serve_in_foreground(command, tmp_path) as server:
+    with start_server(command, tmp_path, CHECKOUT) as server:
         assert (mnt / "big").read_bytes() == BIG
         server.send_signal(number)
         assert server.wait(DEADLINE) == 0
@@ -74,7 +63,7 @@ def test_foreground_serves_until_a_signal(
 def test_outside_unmount_ends_the_server_with_0(
     command: list[str], mnt: Path, tmp_path: Path
 ) -> None:
-    with serve_in_foreground(command, tmp_path) as server:
+    with start_server(command, tmp_path, CHECKOUT) as server:
         assert (mnt / "small").read_text() == "text"
         unmount(mnt)
         assert server.wait(DEADLINE) == 0
@@ -150,7 +139,7 @@ def test_missing_mount_point_and_image(image: Path, tmp_path: Path) -> None:
 
 def test_statistics_on_demand_and_at_the_end(command: list[str], mnt: Path, tmp_path: Path) -> None:
     pytest.importorskip("cfs.fuse._worker", reason="the data plane is not built")
-    with serve_in_foreground([*command, "--stats"], tmp_path) as server:
+    with start_server([*command, "--stats"], tmp_path, CHECKOUT) as server:
         assert server.stderr
         (mnt / "small").read_bytes()
         server.send_signal(signal.SIGUSR1)

@@ -114,7 +114,7 @@ def external(objects: Path, content: bytes, name: str = "aa/1", **xattrs: bytes)
 
 
 def mount_lines(mountpoint: Path) -> list[list[str]]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     return [line.split(" ") for line in lines if f" {mountpoint} " in line]
 
 
@@ -148,7 +148,9 @@ def test_mount_is_one_overlay_named_after_the_image(overlaid: ServeOverlay, mnt:
     assert {"ro"} <= set(line[5].split(","))
     assert {"ro", "userxattr"} <= set(line[separator + 3].split(","))
     assert os.stat(mnt).st_dev == mount.device
-    assert "fuse.composefs composefs:test" not in Path("/proc/self/mountinfo").read_text()
+    assert "fuse.composefs composefs:test" not in Path("/proc/self/mountinfo").read_text(
+        errors="surrogateescape"
+    )
 
 
 @as_root
@@ -493,7 +495,7 @@ def test_refusal_of_the_kernel_is_told_and_leaves_nothing(
     options = ServeOptions(
         mode=Mode.OVERLAY, upperdir="/proc/self", workdir=str(work), read_write=True
     )
-    with pytest.raises(MountError, match="type overlay: Invalid argument: see the kernel log"):
+    with pytest.raises(MountError, match=r"type overlay: .*; Linux before 6\.16"):
         start(vector, mnt, [objects], name="x", options=options)
     missing = ServeOptions(mode=Mode.OVERLAY, upperdir=str(tmp_path / "no"), workdir=str(work))
     with pytest.raises(FileNotFoundError, match="/no'"):

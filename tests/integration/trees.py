@@ -7,7 +7,7 @@ from typing import Any
 
 from cfs.digest import Algorithm
 from cfs.fsverity import compute_digest
-from cfs.tree import Child, Directory, Inode, Link, Regular, Special, Symlink, count_links
+from cfs.tree import Child, Directory, Inode, Link, Regular, Special, Symlink, settle_links
 
 _ALPHABET = bytes(sorted(set(range(1, 256)) - {ord("/")}))
 _ACL = bytes.fromhex(
@@ -38,7 +38,7 @@ class RandomTree:
     def make(self) -> Directory:
         """Return the tree, link counts included."""
         root = self._directory(0)
-        count_links(root)
+        settle_links(root)
         return root
 
     def _directory(self, depth: int) -> Directory:

@@ -2,8 +2,11 @@
 
 import os
 import select
+import socket
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _SECONDS = 60
 
@@ -26,3 +29,14 @@ def wait_for_end(pid: int) -> None:
         assert select.select([pidfd], [], [], _SECONDS)[0]
     finally:
         os.close(pidfd)
+
+
+def start_server(command: Sequence[str], scratch: Path, cwd: Path) -> "subprocess.Popen[bytes]":
+    """Start a command and return when it has told, as to systemd, that it serves."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(scratch / "notify"))
+        notified.settimeout(_SECONDS)
+        environment = dict(os.environ, NOTIFY_SOCKET=str(scratch / "notify"))
+        server = subprocess.Popen(command, env=environment, cwd=cwd, stderr=subprocess.PIPE)
+        assert notified.recv(100) == b"READY=1"
+    return server

@@ -1,12 +1,14 @@
-"""The grammar of ``fuse-serve -o``."""
+"""The grammar of ``fuse-serve -o`` and of ``--fuse``."""
 
 import os
 
+import click
 import pytest
 
-from cfs.cli.fuse_options import parse_items
+from cfs.cli.fuse_options import FuseCommand, parse_items, parse_wish
 from cfs.errors import InvalidRequestError
-from cfs.fuse.options import Mode, Passthrough, ServeOptions, Verify
+from cfs.fuse.options import Mode, Passthrough, ServeChoices, ServeOptions, Verify
+from cfs.mounting.choice import FuseWish
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,93 @@ def test_upper_directories_need_each_other_and_an_overlay(
 def test_workers_by_default() -> None:
     assert ServeOptions().nr_workers == min(16, len(os.sched_getaffinity(0)))
     assert ServeOptions(workers=16).nr_workers == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "wish", "choices"),
+    [
+        (None, FuseWish.AUTO, {}),
+        ("auto", FuseWish.AUTO, {}),
+        ("yes", FuseWish.YES, {}),
+        ("no", FuseWish.NO, {}),
+        (
+            "passthrough,workers=4",
+            FuseWish.YES,
+            {"passthrough": Passthrough.ON, "workers": 4},
+        ),
+        ("auto,workers=4", FuseWish.AUTO, {"workers": 4}),
+        ("workers=4,auto", FuseWish.AUTO, {"workers": 4}),
+        ("mode=overlay", FuseWish.YES, {"mode": Mode.OVERLAY}),
+        ("mode=plain", FuseWish.YES, {"mode": Mode.PLAIN}),
+        (
+            "yes,verify=open,supervise=off",
+            FuseWish.YES,
+            {"verify": Verify.OPEN, "supervise": False},
+        ),
+    ],
+)
+def test_wish(text: str | None, wish: FuseWish, choices: ServeChoices) -> None:
+    assert parse_wish(text) == (wish, choices)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no,workers=4", "yes,no", "auto,auto", "maybe", "yes,", ",yes", "workers=4,workers=4",
+     "workers=-1", "Yes", "yes=1"],
+)  # fmt: skip
+def test_wrong_wish(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="fuse option"):
+        parse_wish(text)
+
+
+def test_an_unknown_word_is_told_with_modes_and_keys() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_wish("maybe")
+    assert str(caught.value) == (
+        "unknown fuse option 'maybe': expected one of auto, yes, no, workers, mode, passthrough, "
+        "allow-other, supervise, verify"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "fuse", "arguments"),
+    [
+        (["i", "d"], None, ("i", "d")),
+        (["--fuse", "i", "d"], "yes", ("i", "d")),
+        (["--fuse", "yes", "i", "d"], "yes", ("i", "d")),
+        (["--fuse", "no", "i", "d"], "no", ("i", "d")),
+        (["--fuse", "auto", "d", "e"], "auto", ("d", "e")),
+        (["--fuse=yes", "auto", "d"], "yes", ("auto", "d")),
+        (["--fuse=workers=4", "i", "d"], "workers=4", ("i", "d")),
+        (["--fuse", "--foreground", "i", "d"], "yes", ("i", "d")),
+        (["i", "d", "--fuse"], "yes", ("i", "d")),
+        (["i", "--fuse", "no", "d"], "no", ("i", "d")),
+        (["--fuse", "--", "auto", "d"], "yes", ("auto", "d")),
+        (["--", "--fuse", "no"], None, ("--fuse", "no")),
+    ],
+)
+def test_value_of_the_option_may_be_missing(
+    words: list[str], fuse: str | None, arguments: tuple[str, str]
+) -> None:
+    @click.command(cls=FuseCommand)
+    @click.option("--fuse")
+    @click.option("--foreground", is_flag=True)
+    @click.argument("image")
+    @click.argument("mountpoint")
+    def command(**found: str | bool | None) -> tuple[object, object, object]:
+        return found["fuse"], found["image"], found["mountpoint"]
+
+    assert command.main(words, standalone_mode=False) == (fuse, *arguments)
+
+
+@pytest.mark.parametrize(
+    "words", [["--fuse", "--fuse", "i", "d"], ["--fuse", "no", "--fuse=yes", "i", "d"]]
+)
+def test_option_may_not_be_given_twice(words: list[str]) -> None:
+    @click.command(cls=FuseCommand)
+    @click.option("--fuse")
+    @click.argument("rest", nargs=-1)
+    def command(**_: object) -> None: ...
+
+    with pytest.raises(click.UsageError, match="--fuse cannot be given twice"):
+        command.main(words, standalone_mode=False)
