@@ -213,11 +213,17 @@ def find_mounts(directories: Sequence[str]) -> list[ServedMount]:
         OSError: there is no /proc.
     """
     entries = list_mounts()
-    found = [mount for directory in directories for mount in _find_in(directory, entries)]
-    # a mount that follows a dead one may have its place and all its numbers
-    living = {mount.entry.mount_id for mount in found if mount.is_alive}
-    found = [mount for mount in found if mount.is_alive or mount.entry.mount_id not in living]
-    return sorted(found, key=lambda mount: (mount.record.started, mount.record.mount_id))
+    found = (mount for directory in directories for mount in _find_in(directory, entries))
+    # a mount that follows one that has ended may have its place and all its numbers, while the
+    # other's processes are about to end
+    by_entry = {mount.entry.mount_id: mount for mount in sorted(found, key=_likelihood)}
+    return sorted(by_entry.values(), key=lambda it: (it.record.started, it.record.mount_id))
+
+
+def _likelihood(mount: ServedMount) -> tuple[bool, bool, int]:
+    """Of two records that claim one mount, the right one has the greater."""
+    record = mount.record
+    return mount.is_alive, record.mount_id == mount.entry.mount_id, record.start
 
 
 def _find_in(directory: str, entries: Sequence[MountEntry]) -> Iterator[ServedMount]:

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,15 @@ def test_dead_mount_whose_numbers_a_living_one_has_is_not_shown(directory: Path)
         record.write(dataclasses.replace(RECORD, started=RECORD.started + 1))
         (mount,) = find_mounts([str(directory)])
         assert mount.is_alive
+
+
+@pytest.mark.usefixtures("entries")
+@pytest.mark.parametrize("changes", [{"mount_id": 69, "mountpoint": "/gone"}, {"start": 4}])
+def test_record_of_a_mount_that_ended(directory: Path, changes: dict[str, Any]) -> None:
+    """Its numbers are another mount's by now, and its processes have not ended yet."""
+    with ExitStack() as stack:
+        for name, record in (("1-4", dataclasses.replace(RECORD, **changes)), ("2-5", RECORD)):
+            file = stack.enter_context((directory / name).open("wb", buffering=0))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(record.encode())
+        assert [mount.record for mount in find_mounts([str(directory)])] == [RECORD]
