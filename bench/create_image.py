@@ -1,15 +1,16 @@
 """A directory into a store, empty and full: ours beside C ``mkcomposefs`` and composefs-rs.
 
 ``python bench/create_image.py DIRECTORY [WORK]``: DIRECTORY is a root file system, WORK (default:
-the directory for temporary files) is where stores are made and removed.  Every contestant in turn,
-``ROUNDS`` times, with the directory in the page cache; what the one before left unwritten is synced
-before the clock starts.  Prints the fastest round: syncs wait for whatever else the disk does.
+the directory for temporary files) is where stores are made.  Every contestant in turn, ``ROUNDS``
+times, with the directory in the page cache; what the one before left unwritten is synced before the
+clock starts.  Prints the fastest round, since syncs wait for whatever else the disk does, and its
+processor time.  Stores are removed at the end only: for half a minute ext4 avoids inodes that were
+just freed, and the search for others would double the time of whoever comes next.
 
 ``CFS_C_TOOLS`` names the directory of the C tools, ``CFS_RUST_CFSCTL`` the cfsctl of composefs-rs.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,8 @@ def warm(source: Path) -> tuple[int, int]:
     return nr_names, size
 
 
-def run_timed(command: list[str]) -> tuple[float, int]:
-    """Run a command; return seconds and the peak of its memory in bytes."""
+def run_timed(command: list[str]) -> tuple[float, float, int]:
+    """Run a command; return seconds, those of processors, and the peak of its memory in bytes."""
     os.sync()
     start = time.perf_counter()
     pid = os.posix_spawnp(
@@ -49,7 +50,7 @@ def run_timed(command: list[str]) -> tuple[float, int]:
     if status:
         msg = f"{command[0]}: status {status}"
         raise SystemExit(msg)
-    return seconds, usage.ru_maxrss * KILOBYTE
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * KILOBYTE
 
 
 def contestants(source: str, store: str) -> dict[str, tuple[list[str] | None, list[str]]]:
@@ -76,21 +77,24 @@ def main() -> None:
     source = Path(sys.argv[1])
     nr_names, size = warm(source)
     sys.stdout.write(f"{nr_names} names, {size / 1e6:.0f} MB\n")
-    results: dict[str, list[tuple[float, float, int]]] = {}
+    results: dict[str, list[tuple[float, ...]]] = {}
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as work:  # noqa: PLR2004
-        store = str(Path(work, "store"))
-        for _ in range(ROUNDS):
-            for name, (prepare, command) in contestants(str(source), store).items():
-                shutil.rmtree(store, ignore_errors=True)
+        for number in range(ROUNDS):
+            for name in contestants("", ""):
+                store = str(Path(work, f"{name} {number}"))
+                prepare, command = contestants(str(source), store)[name]
                 if prepare:
                     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
-                empty, memory = run_timed(command)
-                full, memory_full = run_timed(command)
-                results.setdefault(name, []).append((empty, full, max(memory, memory_full)))
-    sys.stdout.write(f"{'':24}{'empty':>10}{'full':>10}{'memory':>10}\n")
+                empty, empty_cpu, memory = run_timed(command)
+                full, full_cpu, memory_full = run_timed(command)
+                results.setdefault(name, []).append(
+                    (empty, empty_cpu, full, full_cpu, max(memory, memory_full))
+                )
+    sys.stdout.write(f"{'':24}{'empty':>10}{'CPU':>10}{'full':>10}{'CPU':>10}{'memory':>10}\n")
     for name, rounds in results.items():
-        empty, full, memory = (min(column) for column in zip(*rounds, strict=True))
-        sys.stdout.write(f"{name:24}{empty:8.2f} s{full:8.2f} s{memory / 1e6:7.0f} MB\n")
+        *seconds, memory = (min(column) for column in zip(*rounds, strict=True))
+        times = "".join(f"{number:8.2f} s" for number in seconds)
+        sys.stdout.write(f"{name:24}{times}{memory / 1e6:7.0f} MB\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ __all__ = [
     "object_paths",
 ]
 
+# composefs-rs shows them on no inode, as its writer adds them to directories with whiteouts
+_HIDDEN = (b"trusted.overlay.opaque", b"user.overlay.opaque")
+
 
 def format_vector(vector: "InodeVector", *, filters: Sequence[bytes] = ()) -> Iterator[bytes]:
     """Yield the lines of C's ``composefs-info dump``.
@@ -211,7 +214,8 @@ def _format_row(vector: "InodeVector", ino: "Ino", path: bytes) -> bytes:
         vector.mtime_nsec[ino],
         *_contents(vector, ino, mode),
     )
-    return line + _format_xattrs(sorted(vector.xattrs(ino).items())) + b"\n"
+    xattrs = sorted(each for each in vector.xattrs(ino).items() if each[0] not in _HIDDEN)
+    return line + _format_xattrs(xattrs) + b"\n"
 
 
 def _format_link(path: bytes, first_name: bytes) -> bytes:

@@ -7,7 +7,6 @@ import re
 import stat
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import NamedTuple
 
 from cfs.digest import Algorithm, Digest
@@ -241,7 +240,7 @@ class OverlayRewriter:
             pairs += markers
         else:
             pairs = list(dict([*pairs, *markers]).items())
-        pairs.sort(key=itemgetter(0))
+        pairs.sort()
         record.xattr_entries = tuple(self._encoder.entry(*pair) for pair in pairs)
         record.xattr_filter = self._encoder.filter_of(name for name, _ in pairs)
 

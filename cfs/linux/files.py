@@ -74,7 +74,7 @@ def naming(path: bytes | str) -> Iterator[None]:
         yield
     except OSError as error:
         error.filename = os.fsdecode(path)
-        error.filename2 = None
+        del error.filename2  # None would be printed
         raise
 
 

@@ -63,18 +63,14 @@ def _mount_in_kernel(
     from cfs.mounting.kernel import mount_in_kernel  # noqa: PLC0415 - FUSE needs none of it
     from cfs.repository.images import open_image  # noqa: PLC0415
 
-    try:
-        objects = [repository.objects.fd]
-    except FileNotFoundError:  # the store has had no objects yet
-        objects = []
     is_required = repository.is_secure or request.choices.get("verify") is Verify.REQUIRE
-    layers = OverlayLayers(
-        objects=objects,
-        upperdir=request.upperdir,
-        workdir=request.workdir,
-        read_write=request.read_write,
-        attributes=request.attributes,
-        verity=OverlayVerity.REQUIRE if is_required else OverlayVerity.OFF,
-    )
     with open_image(repository, name) as image:
+        layers = OverlayLayers(
+            objects=[repository.objects.fd],  # there is one: the image
+            upperdir=request.upperdir,
+            workdir=request.workdir,
+            read_write=request.read_write,
+            attributes=request.attributes,
+            verity=OverlayVerity.REQUIRE if is_required else OverlayVerity.OFF,
+        )
         mount_in_kernel(image.fd, mountpoint, layers, source=mount_source(name))

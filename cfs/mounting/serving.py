@@ -140,7 +140,7 @@ def _suited(options: ServeOptions, repository: "Repository | None") -> ServeOpti
 def _objects_of(repository: "Repository") -> list[int]:
     try:
         return [repository.objects.fd]
-    except FileNotFoundError:  # the store has had no objects yet
+    except FileNotFoundError:  # the store has had none yet, and the image comes from elsewhere
         return []
 
 

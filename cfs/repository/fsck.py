@@ -20,6 +20,8 @@ from cfs.repository.repository import Repository
 
 __all__ = ["Report", "check"]
 
+_MAX_THREADS = 16  # each has a batch of files open
+
 
 def check(repository: Repository, *, metadata_only: bool = False) -> Report:
     """Return what is wrong with a store.
@@ -51,7 +53,8 @@ def _objects_checked(
 ) -> Iterator[list[Future[Report]]]:
     """Run the check of the objects beside the block; drop what is left of it at the end."""
     algorithm, is_secure = repository.algorithm, repository.is_secure
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="cfs-fsck")
+    nr_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    pool = ThreadPoolExecutor(nr_threads, thread_name_prefix="cfs-fsck")
     try:
         yield [
             pool.submit(check_fan_out, repository.fd, fan_out, algorithm, is_secure=is_secure)

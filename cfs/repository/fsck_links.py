@@ -81,6 +81,8 @@ class LinkCheck:
         try:
             os.stat(path, dir_fd=self._repository.fd)
         except FileNotFoundError:
+            if not _is_there(path, self._repository.fd):
+                return None  # a mount has ended, or a name was removed: it is no finding
             self.report.find("broken-symlink", show(path))
             self.report.broken_links += 1
             return errno.ENOENT
@@ -175,6 +177,14 @@ class LinkCheck:
             reason = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
             raise OSError(reason, os.strerror(reason), os.fsdecode(path))
         return os.open(path, _OPEN, dir_fd=self._repository.fd)
+
+
+def _is_there(path: bytes, dir_fd: int) -> bool:
+    try:
+        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _describe_fault(fd: int) -> str | None:

@@ -193,8 +193,11 @@ class _Collector:
     def _remove_link(self, path: bytes) -> None:
         if not self._dry_run:
             directory, _, name = path.rpartition(b"/")
-            with ExitStack() as stack, naming(path):
-                os.unlink(name, dir_fd=owned(stack, self._open_directory(directory)))
+            try:
+                with ExitStack() as stack, naming(path):
+                    os.unlink(name, dir_fd=owned(stack, self._open_directory(directory)))
+            except FileNotFoundError:
+                return  # a mount has ended: its server removes its link without a lock
         self._result.nr_links[show(path.partition(b"/")[0])] += 1
 
     def _open_directory(self, path: bytes) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cfs.digest import Digest
 from cfs.errors import FormatError, InvalidRequestError, UnsupportedError
 from cfs.fsverity import measure
-from cfs.repository.mounted import is_reserved
+from cfs.repository.mounted import PREFIX, is_reserved
 from cfs.repository.refs import IMAGES, REFS, check_name, resolve_image, set_link, walk_refs
 from cfs.repository.repository import Repository
 from cfs.tree import Directory, inode_of, walk
@@ -146,7 +146,7 @@ def list_images(repository: Repository) -> list[NamedImage]:
     """
     images = []
     for ref in walk_refs(repository.fd, IMAGES):
-        if ref.target is not None and not is_reserved(ref.name):
+        if ref.target is not None and not ref.name.startswith(PREFIX):
             with suppress(UnicodeDecodeError):
                 digest = ref.target.rpartition(b"/")[2].decode()
                 images.append(NamedImage(ref.name.decode(), digest))

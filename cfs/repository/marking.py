@@ -5,6 +5,7 @@ objects and with the streams it refers to by name.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from cfs.repository.references import load_references
 from cfs.repository.refs import IMAGES, STREAMS, Entry, entries, object_of_target, walk_refs
 from cfs.repository.repository import Repository
 from cfs.repository.splitstream import SplitStream
+from cfs.repository.splitstream_format import HEADER, is_splitstream
 
 __all__ = ["CATEGORIES", "Marks", "Problem", "mark"]
 
@@ -89,6 +91,7 @@ class _Marking:
         self._marks = Marks()
         self._streams: set[Digest] = set()  # that have an entry
         self._named: set[Digest] = set()  # what streams refer to by name
+        self._useless: set[bytes] = set()  # entries that lead to no object
         self._seen: set[Digest] = set()
         self._has_gaps = False
 
@@ -110,54 +113,80 @@ class _Marking:
     def _mark_named_images(self) -> None:
         """Mark what images need that streams refer to: their layers, which keep it, are gone."""
         for name, digest in self._marks.entries[IMAGES].items():
-            if digest in self._named:
+            if digest in self._named and self._repository.objects.has(digest):
                 self._mark(IMAGES, digest, b"images/" + name, None)
 
     def _read_entry(self, category: str, entry: Entry) -> None:
         path = os.fsencode(category) + b"/" + entry.name
         if entry.target is None:
-            self._complain(path, f"is no link but a {type_name(entry.mode)}")
+            self._complain_of_file(path, entry)
             return
         try:
             digest = object_of_target(entry.target)
         except FormatError as error:
-            self._complain(path, str(error), link=path)
+            self._complain_of_entry(path, str(error))
             return
         if digest.algorithm is self._repository.algorithm:
             self._marks.entries[category][entry.name] = digest
         else:
-            self._complain(path, "leads to an object of another algorithm", link=path)
+            self._complain_of_entry(path, "leads to an object of another algorithm")
+
+    def _complain_of_entry(self, path: bytes, reason: str) -> None:
+        """Note an entry whose object is not known; if it leads anywhere, so is what it needs."""
+        self._complain(path, reason, link=path)
+        self._useless.add(path)
+        try:
+            os.stat(path, dir_fd=self._repository.fd)
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass  # an object's path with something behind it, for instance
+        self._marks.is_complete = False
+
+    def _complain_of_file(self, path: bytes, entry: Entry) -> None:
+        """Note what is no link; in a copy made without links, it stands for one."""
+        self._complain(path, f"is no link but a {type_name(entry.mode)}")
+        if stat.S_ISREG(entry.mode):
+            found = os.stat(path, dir_fd=self._repository.fd, follow_symlinks=False)
+            self._marks.is_complete &= found.st_size == 0
 
     def _refs(self, category: str) -> Iterator[Entry]:
         """Yield the refs that count."""
         for ref in walk_refs(self._repository.fd, category):
-            is_dead = category == IMAGES and is_reserved(ref.name)
-            if not is_dead or is_alive(self._repository.fd, ref.name):
+            is_mount = category == IMAGES and is_reserved(ref.name)
+            if not is_mount or is_alive(self._repository.fd, ref.name):
                 yield ref
 
     def _mark_ref(self, category: str, ref: Entry) -> None:
         path = os.fsencode(category) + b"/refs/" + ref.name
         if ref.target is None:
-            self._complain(path, f"is no link but a {type_name(ref.mode)}")
+            self._complain_of_file(path, ref)
             return
-        name = ref.target.rstrip(b"/").rpartition(b"/")[2]
-        if name in (b"", b"..", b"."):
+        name = _last_component(ref.target)
+        if name in (b"", b".."):
             return  # names nothing, as composefs-rs sees it
         digest = self._marks.entries[category].get(name)
         if digest is not None:
             self._mark(category, digest, path, path)
             return
-        self._complain(path, f"leads to {show(name)}, which is not in {category}", link=path)
+        is_there = os.fsencode(category) + b"/" + name in self._useless
+        what = "which leads to no object" if is_there else f"which is not in {category}"
+        self._complain(path, f"leads to {show(name)}, {what}", link=path)
         if category == IMAGES:
-            self._rescue(name)
+            self._rescue(name, path)
 
-    def _rescue(self, name: bytes) -> None:
-        """Keep an image whose entry is gone while a name leads to it."""
+    def _rescue(self, name: bytes, path: bytes) -> None:
+        """Keep an image whose entry is gone while the name ``path`` leads to it."""
         try:
             digest = Digest.parse(name.decode(errors="replace"))
+        except FormatError:
+            return
+        try:
             self._marks.digests |= {digest, *self._image_references(digest)}
-        except (CfsError, OSError):
+        except _GONE:
             return  # there is nothing to keep
+        except (CfsError, OSError) as error:
+            self._give_up(digest, error, path, path)
 
     def _mark(self, category: str, digest: Digest, path: bytes, link: bytes | None) -> None:
         """Mark an image or a stream with what it needs, on behalf of the name ``path``."""
@@ -171,9 +200,7 @@ class _Marking:
                 if category == IMAGES:
                     self._marks.digests |= self._image_references(digest)
                 else:
-                    named = self._mark_stream(digest)
-                    waiting += named & self._streams
-                    self._check_named(named - self._streams, path, link)
+                    waiting += self._streams_of(self._mark_stream(digest), path, link)
                 self._seen.add(digest)
             except (CfsError, OSError) as error:
                 self._give_up(digest, error, path, link)
@@ -185,19 +212,29 @@ class _Marking:
 
     def _mark_stream(self, digest: Digest) -> set[Digest]:
         """Mark what a stream refers to; return what it refers to by name: streams, images."""
-        fd = open_stored(self._repository.objects.fd, digest.object_path, digest)
-        with SplitStream(fd, self._repository.algorithm) as stream:
+        with SplitStream(self._open(digest), self._repository.algorithm) as stream:
             named = set(stream.named_refs.values())
             self._marks.digests.update(stream.object_refs, named)
         self._named |= named
         return named
 
-    def _check_named(self, named: set[Digest], path: bytes, link: bytes | None) -> None:
-        """Note what is gone; it may have been a stream, and had an entry."""
-        for digest in named:
-            if not self._repository.objects.has(digest):
-                error = NotFoundError(f"object not found: {digest}")
+    def _streams_of(self, named: set[Digest], path: bytes, link: bytes | None) -> set[Digest]:
+        """Return which of what a stream names are streams, and note what is gone.
+
+        One without an entry counts, too, unlike in composefs-rs: its entry may be damaged.
+        """
+        found = named & self._streams
+        for digest in named - found:
+            try:
+                with os.fdopen(self._open(digest), "rb") as file:
+                    if is_splitstream(file.read(HEADER.size)):
+                        found.add(digest)
+            except (CfsError, OSError) as error:
                 self._give_up(digest, error, path, link)
+        return found
+
+    def _open(self, digest: Digest) -> int:
+        return open_stored(self._repository.objects.fd, digest.object_path, digest)
 
     def _give_up(
         self, digest: Digest, error: CfsError | OSError, path: bytes, link: bytes | None
@@ -215,3 +252,9 @@ class _Marking:
 
     def _complain(self, path: bytes, reason: str, link: bytes | None = None) -> None:
         self._marks.problems.append(Problem(path=path, reason=reason, link=link))
+
+
+def _last_component(target: bytes) -> bytes:
+    """Return the last component of a link's text; ``.`` at its end is none."""
+    components = [each for each in target.split(b"/") if each not in (b"", b".")]
+    return components[-1] if components else b""

@@ -13,6 +13,7 @@ Links are made while the maker holds the store's shared lock, and locked before 
 Where none can be made, the server holds the shared lock itself.  Any thread may call.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -96,7 +97,7 @@ def is_alive(repository_fd: int, name: bytes) -> bool:
     """
     directory = _open_directory(repository_fd)
     if directory is None:
-        return False
+        return _NAME.fullmatch(name.removeprefix(PREFIX)) is None
     try:
         return _is_alive(directory, name.removeprefix(PREFIX))
     finally:
@@ -168,7 +169,10 @@ def _remove_dead(directory: int) -> int:
 
 
 def _open_directory(repository_fd: int) -> int | None:
+    """Open the directory of links; None if there is none: composefs-rs may call an image so."""
     try:
         return openat2(repository_fd, _PATH, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise

@@ -11,7 +11,8 @@ from cfs.inodes import InodeVector
 
 __all__ = ["find_references", "load_references"]
 
-_PATH = re.compile(rb"([0-9a-f]{2})/([0-9a-f]{62}|[0-9a-f]{126})")
+# in either case, whatever stands before it
+_PATH = re.compile(rb"(?:.*/)?([0-9a-f]{2})/([0-9a-f]{62}|[0-9a-f]{126})", re.DOTALL | re.I)
 
 
 def load_references(fd: int, name: str) -> set[Digest]:

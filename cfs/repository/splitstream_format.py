@@ -13,6 +13,7 @@ __all__ = [
     "OLD_HEADER",
     "VERSION",
     "ContentType",
+    "is_splitstream",
 ]
 
 MAGIC = b"SplitStream"
@@ -23,6 +24,7 @@ BLOCK_BITS = 12
 HEADER = struct.Struct("<11sBHBBQQ")
 # the same in another order: stores of bootc up to 1.15
 OLD_HEADER = struct.Struct("<QQH11sBBB")
+_OLD_MAGIC_OFF = struct.calcsize("<QQH")
 # ranges of stream references, object references, contents and names; content type, total size
 INFO = struct.Struct("<QQQQQQQQ8sQ")
 # -n: n bytes of inline data follow; k: object reference k
@@ -38,3 +40,8 @@ class ContentType:
     CONFIG: Final = b"ociconfg"
     MANIFEST: Final = b"ocimanif"
     BLOB: Final = b"oci_blob"
+
+
+def is_splitstream(head: bytes) -> bool:
+    """Whether a file that begins like that is meant to be a splitstream; it may be damaged."""
+    return head.startswith(MAGIC) or head.startswith(MAGIC, _OLD_MAGIC_OFF)

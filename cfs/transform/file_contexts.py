@@ -26,10 +26,13 @@ _NO_CONTEXT = "<<none>>"
 
 _COUNT = rb"\{[0-9]+,?[0-9]*\}"
 _REPETITION = re.compile(rb"(?:[*+?]|%s)\??" % _COUNT)
-# an escaped byte, a class, a repetition, the beginning of a group, any other byte
+# an escaped byte, a class, a repetition, the beginning of a group, any other character
 _TOKEN = re.compile(
-    rb"\\.|\[\^?\]?(?:\[:[a-z^]+:\]|\\.|[^\]\\])*\]|(?:[*+?]|%s)\??|\(\?|." % _COUNT, re.DOTALL
+    rb"\\x(?:[0-9A-Fa-f]{2}|\{[0-9A-Fa-f]+\})|\\.|\[\^?\]?(?:\[:[a-z^]+:\]|\\.|[^\]\\])*\]"
+    rb"|(?:[*+?]|%s)\??|\(\?|[\xc2-\xf4][\x80-\xbf]+|." % _COUNT,
+    re.DOTALL,
 )
+_ANCHORS = frozenset((b"^", b"$", rb"\b", rb"\B", rb"\A", rb"\z"))
 _SPECIAL = frozenset(bytes([byte]) for byte in rb"^$.|?*+()[]{}\\")
 # what no automaton can do: composefs-rs gives these to PCRE2, with its default for the dot
 _BEYOND_AUTOMATON = re.compile(rb"\(\?(?:<?[=!]|>)|\\[1-9]")
@@ -151,9 +154,9 @@ def _literal_start(expression: bytes) -> bytes:
         return b""
     literal: list[bytes] = []
     for token in tokens:
-        if len(token) == 1 and token not in _SPECIAL:
+        if token >= b"\x80" or (len(token) == 1 and token not in _SPECIAL):
             literal.append(token)
-        elif token[:1] == b"\\" and token[1:] and not token[1:].isalnum():
+        elif token[:1] == b"\\" and len(token) == 2 and not token[1:].isalnum():  # noqa: PLR2004
             literal.append(token[1:])
         else:
             if token[:1] in (b"?", b"*", b"+", b"{"):
@@ -174,7 +177,8 @@ def _has_alternatives(tokens: Iterable[bytes]) -> bool:
 def _group_repetitions(expression: bytes) -> bytes:
     """Put into groups what is repeated although PCRE2 would not, or in another way.
 
-    To an automaton ``a++`` is ``(a+)+``, and an anchor may be repeated like anything else.
+    To an automaton ``a++`` is ``(a+)+``, an anchor may be repeated like anything else, and a
+    character beyond ASCII is repeated as a whole, not its last byte.
     """
     pieces: list[bytes] = []
     groups: list[int] = []  # where the groups begin that are open
@@ -188,10 +192,11 @@ def _group_repetitions(expression: bytes) -> bytes:
             is_repeated = True
         else:
             start = len(pieces)
-            is_repeated = token in (b"^", b"$")
+            is_repeated = token in _ANCHORS
             if token in (b"(", b"(?"):
                 groups.append(start)
             elif token == b")" and groups:
                 start = groups.pop()
-        pieces.append(token)
+        is_long = token >= b"\x80" and len(token) > 1
+        pieces.append(b"(?:%b)" % token if is_long else token)
     return b"".join(pieces)

@@ -2,11 +2,12 @@
 
 Manual: pcre2api(3).  Python's ``re`` lacks POSIX classes and options inside of a pattern, and
 would take some for something else.  libpcre2-8 is part of any system with libselinux; it is
-loaded when a policy is met.  A pattern belongs to one thread at a time.
+loaded when a policy is met.  Any thread may match.
 """
 
 import ctypes
 import functools
+import threading
 import weakref
 
 from cfs.errors import FormatError, UnsupportedError
@@ -55,13 +56,19 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+class _MatchData(threading.local):
+    """Where a thread's matches are written to; nobody looks at it, so one does for all of them."""
+
+    def __init__(self) -> None:
+        data = _library().pcre2_match_data_create_8(1, None)
+        if not data:
+            raise MemoryError
+        self.pointer = int(data)
+
+
 @functools.cache
-def _match_data() -> int:
-    """Return where matches are written to; nobody looks at it, so one is enough for all."""
-    data = _library().pcre2_match_data_create_8(1, None)
-    if not data:
-        raise MemoryError
-    return int(data)
+def _match_data() -> _MatchData:
+    return _MatchData()
 
 
 class Pattern:
@@ -105,7 +112,8 @@ class Pattern:
         Raises:
             FormatError: finding out takes more steps or memory than PCRE2 allows.
         """
-        found = self._match(self._code, subject, len(subject), 0, 0, self._match_data, None)
+        match_data = self._match_data.pointer
+        found = self._match(self._code, subject, len(subject), 0, 0, match_data, None)
         if found < _ERROR_NOMATCH:
             msg = (
                 f"regular expression {self._expression.decode(errors='backslashreplace')!r}: "

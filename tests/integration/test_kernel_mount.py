@@ -4,6 +4,7 @@ Older kernels are played by refusing what they refuse; the virtual machine has a
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import cfs
 from cfs.errors import MountError
 from cfs.linux.files import is_on_overlay, owned
-from cfs.linux.loop import open_loop_device
+from cfs.linux.loop import _LOOP_CTL_GET_FREE, open_loop_device
 from cfs.linux.mountinfo import list_mounts
 from cfs.linux.mounts import Option, create_mount
 from cfs.mounting import kernel
@@ -265,6 +266,27 @@ def test_message_of_the_kernel_is_shown(
     assert "workdir and upperdir must be separate subtrees" in message
 
 
+def test_refusal_that_is_not_about_files_is_told_as_it_is(
+    image: Path, mnt: Path, layers: Layers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOENT, "no loop devices")
+
+    monkeypatch.setattr(kernel, "open_loop_device", refuse)
+    broken = tmp_path / "broken"
+    broken.write_bytes(image.read_bytes()[:1024] + bytes(64) + image.read_bytes()[1088:])
+    with pytest.raises(MountError, match="type erofs: "):
+        mount_file(broken, mnt, layers())
+
+    def forbid(*_: object, **more: object) -> int:
+        msg = f"forbidden{more or ''}"
+        raise MountError(msg, errno.EPERM)
+
+    monkeypatch.setattr(kernel, "create_mount", forbid)
+    with pytest.raises(MountError, match="forbidden"):
+        mount_file(image, mnt, layers())
+
+
 def test_truncated_image_does_no_harm(
     image: Path, objects: Path, mnt: Path, tmp_path: Path
 ) -> None:
@@ -452,4 +474,23 @@ def test_many_loop_devices_at_once(image: Path) -> None:
         assert len({os.fstat(device).st_rdev for device in devices}) == 4
         for device in devices:
             assert os.pread(device, 4096, 0) == image.read_bytes()[:4096]
+    wait_until(lambda: str(image) not in loop_files(), "loop devices go when they are closed")
+
+
+@pytest.mark.usefixtures("loop")
+def test_loop_device_that_somebody_took_first(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        file = stack.enter_context(image.open("rb"))
+        taken = owned(stack, open_loop_device(file.fileno()))
+        free = [os.minor(os.fstat(taken).st_rdev)]
+        ioctl = fcntl.ioctl
+
+        def answer(fd: int, request: int, argument: Any = 0) -> object:
+            if request == _LOOP_CTL_GET_FREE and free:
+                return free.pop()
+            return ioctl(fd, request, argument)
+
+        monkeypatch.setattr(fcntl, "ioctl", answer)
+        device = owned(stack, open_loop_device(file.fileno()))
+        assert os.fstat(device).st_rdev != os.fstat(taken).st_rdev
     wait_until(lambda: str(image) not in loop_files(), "loop devices go when they are closed")

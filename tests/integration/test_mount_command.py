@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,24 @@ def test_missing_work_directory(fuse: str, store: Store, mnt: Path, tmp_path: Pa
     done = store.run("mount", fuse, "demo", mnt, *changes, status=1)
     assert f"{tmp_path}/none: No such file or directory" in done.stderr
     assert not os.path.ismount(mnt)
+
+
+@overlay_mode
+@pytest.mark.parametrize("mode", ["plain", "overlay"])
+def test_image_from_elsewhere_over_an_empty_store(mode: str, mnt: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    source = tmp_path / "little"
+    (source / "usr").mkdir(parents=True)
+    (source / "small").write_text("little")
+    digest = store.run("create-image", source).stdout.strip().rpartition(":")[2]
+    image = tmp_path / "image"
+    image.write_bytes((store.path / "images" / digest).read_bytes())
+    shutil.rmtree(store.path / "objects")
+    store.run("fuse-serve", "-o", f"mode={mode}", "--background", image, mnt)
+    try:
+        assert (mnt / "small").read_text() == "little"
+    finally:
+        store.run("umount", mnt)
 
 
 @overlay_mode

@@ -96,3 +96,17 @@ def test_backing_paths(vector: InodeVector) -> None:
         assert format_backing_path(vector, b"/usr/" + name) == b"/usr/%s inline\n" % name
     with pytest.raises(InvalidRequestError, match="/usr/d is a directory"):
         format_backing_path(vector, b"/usr/d")
+
+
+def test_marks_of_whiteouts_are_not_shown() -> None:
+    """Whoever set them, as in composefs-rs."""
+    lines = [
+        "/ 4096 40755 3 0 0 0 1.0 - - -",
+        "/d 0 40755 2 0 0 0 1.0 - - - trusted.overlay.origin=o",
+        "/d/w 0 20644 1 0 0 0 1.0 - - -",
+    ]
+    root = parse_dumpfile("\n".join([*lines, ""]).encode())
+    image = write_image(root, min_version=1, max_version=1, rules=Rules.RUST)
+    vector = parse_image(bytes(image), "image", view=View.TREE)
+    shown = "/d 0 40755 2 0 0 0 1.0 - - - trusted.overlay.origin=o"
+    assert dump(vector, b"/d").splitlines() == [shown, lines[2]]

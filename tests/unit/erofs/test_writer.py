@@ -3,6 +3,7 @@
 import copy
 import gzip
 import hashlib
+import re
 import stat
 import struct
 from collections.abc import Callable
@@ -402,6 +403,18 @@ def test_root_whiteout_that_looks_like_a_stub() -> None:
     ) == write_image(directory())
     escaped = write_image(Directory(mode=stat.S_IFDIR | 0o755, children={b"7f": whiteout}))
     assert b"overlay.overlay.whiteout" in escaped
+
+
+@pytest.mark.parametrize("value", [b"a", b"y"])
+def test_marker_beside_one_of_the_same_name_in_the_order_of_values(value: bytes) -> None:
+    """As composefs-rs, which keeps both; C replaces the one of the user."""
+    root = directory(d=directory(w=Special(mode=stat.S_IFCHR)))
+    holder = root.children[b"d"]
+    assert isinstance(holder, Directory)
+    holder.xattrs = {b"trusted.overlay.opaque": value}
+    image = write_image(root, min_version=1, max_version=1, rules=Rules.RUST)
+    found = re.findall(rb"overlay\.overlay\.opaque(.)", bytes(image))
+    assert found == sorted([value, b"x"])
 
 
 @pytest.mark.parametrize(("version", "rules"), [(0, Rules.C), (1, Rules.RUST), (2, Rules.C)])

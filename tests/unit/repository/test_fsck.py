@@ -12,6 +12,7 @@ import pytest
 from cfs.digest import Algorithm
 from cfs.fsverity import compute_digest
 from cfs.repository.fsck import check
+from cfs.repository.refs import Entry
 from cfs.repository.repository import Repository
 from tests.stores import ALGORITHMS, copy_store, load, unpack_store
 
@@ -47,6 +48,15 @@ def put(store: Path, algorithm: str, data: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return f"objects/{os.fsdecode(digest.object_path)}"
+
+
+def test_names_that_vanish_meanwhile(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of a mount removes its link at the end, whoever reads the store."""
+    gone = Entry(b"mounted/gone", b"../../image", stat.S_IFLNK)
+    monkeypatch.setattr("cfs.repository.fsck_links.walk_refs", lambda *_: [gone])
+    assert check(repository, metadata_only=True).is_ok
 
 
 @pytest.mark.parametrize(("algorithm", "case"), STREAMS, ids=STREAM_IDS)

@@ -1,5 +1,6 @@
 """What a collection keeps, removes and leaves alone."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -183,6 +184,125 @@ def test_layer_that_is_gone_takes_nothing_else_with_it(store: Path, repository: 
     assert set(check(repository).errors) <= set(before)
     collect(repository, remove_broken=True)
     assert check(repository).errors == []
+
+
+@pytest.mark.parametrize("target", ["{0}/", "{0}/.", "{0}/../{1}", "../meta.json", "loop"])
+def test_entry_that_leads_elsewhere_keeps_every_object(
+    store: Path, repository: Repository, target: str
+) -> None:
+    """Which stream it was is not known, while names lead to it."""
+    entry = next((store / "streams").glob("oci-manifest-*"))
+    text = os.readlink(entry)
+    entry.unlink()
+    entry.symlink_to(entry if target == "loop" else target.format(text, text[-62:]))
+    before = list_paths(store)
+    collection = collect(repository)
+    assert (collection.nr_objects, collection.is_complete) == (0, False)
+    assert list_paths(store) == before
+    name = f"streams/refs/oci/example%2Fapp:v1: leads to {entry.name}, which leads to no object"
+    assert complaints(collection)[-1] == name
+    assert collect(repository, remove_broken=True).is_complete
+    assert check(repository).errors == []
+
+
+@pytest.mark.parametrize("target", ["", "nowhere"])
+def test_layer_that_lost_its_entry_is_kept_by_its_image(
+    store: Path, repository: Repository, target: str
+) -> None:
+    entry = next((store / "streams").glob("oci-layer-sha256:d1d1*"))
+    entry.unlink()
+    if target:
+        entry.symlink_to(target)
+    collection = collect(repository)
+    assert len(collection.problems) == bool(target)
+    assert collection.nr_objects == 8
+    collect(repository, remove_broken=True)
+    assert check(repository).errors == []
+
+
+def test_image_that_a_stream_names_is_gone(store: Path, repository: Repository) -> None:
+    image = store / "images" / "735e561315168c36f26d472d0e00daf61bf6c2dba757a52af211f6bded9338cf"
+    image.resolve().unlink()
+    collection = collect(repository)
+    assert [each.path for each in collection.problems] == [b"streams/refs/oci/example%2Fapp:v1"]
+    assert collection.nr_links["images"] == 3
+    assert not image.is_symlink()
+
+
+def test_copy_made_without_links_loses_nothing(store: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(store, tmp_path / "copy")
+    before = list_paths(copy)
+    with Repository.open(str(copy)) as repository:
+        assert not collect(repository, remove_broken=True).is_complete
+    assert list_paths(copy) == before
+
+
+def test_text_of_a_name_may_end_in_a_dot(store: Path, repository: Repository) -> None:
+    """As composefs-rs sees it; nothing can be opened through it."""
+    name = store / "images" / "refs" / "base"
+    name.unlink()
+    name.symlink_to(f"../{BASE}/./")
+    assert collect(repository).nr_objects == 8
+    assert (store / "images" / BASE).exists()
+
+
+def test_damaged_image_without_entry_keeps_every_object(
+    store: Path, repository: Repository
+) -> None:
+    entry = store / "images" / BASE
+    os.truncate(entry.resolve(), 100)
+    entry.unlink()
+    assert collect(repository).nr_objects == 0
+    assert collect(repository, remove_broken=True).problems == []
+
+
+def test_image_may_be_called_as_the_directory_of_mounts(
+    store: Path, repository: Repository
+) -> None:
+    """Composefs-rs gives any name."""
+    (store / "images" / "refs" / "base").rename(store / "images" / "refs" / "mounted")
+    assert collect(repository).problems == []
+    assert (store / "images" / "refs" / "mounted").resolve().is_file()
+
+
+def test_link_that_vanishes_meanwhile(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ends removes its link without the lock."""
+    gone = {"images": [b"images/refs/mounted/gone"], "streams": []}
+    monkeypatch.setattr("cfs.repository.gc._links", lambda _, category: gone[category])
+    assert collect(repository).nr_links == {"images": 2, "streams": 1}
+
+
+def test_entry_of_another_algorithm_is_no_use(store: Path, repository: Repository) -> None:
+    (store / "images" / ("ab" * 64)).symlink_to("../objects/ab/" + "ab" * 63)
+    (complaint,) = complaints(collect(repository))
+    assert complaint.endswith(": leads to an object of another algorithm")
+
+
+def test_directory_with_the_name_of_a_temporary_is_left_alone(
+    store: Path, repository: Repository
+) -> None:
+    (store / ".tmp-object-0123456789ab").mkdir()
+    assert collect(repository).nr_objects == 8
+    assert (store / ".tmp-object-0123456789ab").is_dir()
+
+
+def test_object_that_may_not_be_removed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def refuse(path: bytes, *, dir_fd: int) -> None:
+        if len(path) == 62:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr("cfs.repository.gc.os.unlink", refuse)
+    collection = collect(repository)
+    assert collection.nr_objects == 0
+    assert len(collection.problems) == 8
+    assert complaints(collection)[0].endswith(": Operation not permitted (os error 1)")
 
 
 def test_foreign_files_are_reported_and_left_alone(store: Path, repository: Repository) -> None:

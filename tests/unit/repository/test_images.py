@@ -187,6 +187,16 @@ def test_list(repository: Repository, store: Path) -> None:
     ]
 
 
+def test_list_shows_an_image_that_is_called_as_the_directory_of_mounts(
+    repository: Repository, store: Path
+) -> None:
+    """Composefs-rs gives any name."""
+    digest = str(commit_image(repository, Directory(mode=stat.S_IFDIR)))
+    (store / "images" / "refs").mkdir()
+    (store / "images" / "refs" / "mounted").symlink_to(f"../{digest}")
+    assert list_images(repository) == [NamedImage("mounted", digest)]
+
+
 def test_open_and_objects(repository: Repository) -> None:
     root = make_tree(repository)
     digest = commit_image(repository, root, "d/name")
@@ -204,6 +214,19 @@ def test_open_and_objects(repository: Repository) -> None:
     for name in ("", "../objects/" + digest.object_path.decode(), "refs/../" + str(digest)):
         with pytest.raises(InvalidRequestError), open_image(repository, name):
             pass
+
+
+def test_objects_that_are_known_by_their_path_only(repository: Repository) -> None:
+    """As in images of C; what stands before the last two components means nothing."""
+    names = ["ab" * 32, "cd" * 32, "ef" * 32]
+    root = Directory(mode=stat.S_IFDIR | 0o755)
+    for number, name in enumerate(names):
+        path = (f"{name[:2]}/{name[2:]}", f"a/b/{name[:2]}/{name[2:].upper()}", f"{name}")[number]
+        file = Regular(mode=stat.S_IFREG, size=100, payload=path.encode())
+        root.children[name.encode()] = file
+    data = bytes(write_image(root, min_version=0, max_version=0, rules=Rules.C))
+    import_image(repository, data, "n")
+    assert list(map(str, image_objects(repository, "n"))) == names[:2]
 
 
 def test_what_is_opened_is_what_the_name_says(repository: Repository, store: Path) -> None:

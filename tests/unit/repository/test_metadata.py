@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfs.digest import Algorithm
@@ -109,6 +109,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # others use the machine
 @given(value=st.dictionaries(KEYS, JSON), data=st.binary())
 def test_any_bytes_are_metadata_or_a_format_error(value: Case, data: bytes) -> None:
     complete = {"version": 1, "algorithm": "fsverity-sha512-12", **value}

@@ -51,6 +51,16 @@ def dead_name() -> str:
     return f"{boot_id()}-{os.getpid()}-1"
 
 
+def test_an_image_of_composefs_rs_may_have_the_name_of_the_directory(
+    repository: Repository, links: Path
+) -> None:
+    links.parent.mkdir(parents=True)
+    links.symlink_to(f"../{DIGEST}")
+    assert remove_dead(repository.fd) == 0
+    assert is_alive(repository.fd, b"mounted")
+    assert not is_alive(repository.fd, dead_name().encode())
+
+
 def test_link_is_a_ref_to_the_image(repository: Repository, links: Path) -> None:
     trace = keep(repository)
     assert trace.name == own_name()

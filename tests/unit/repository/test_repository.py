@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +43,13 @@ REFUSED_BY_US = "--algorithm fsverity-sha256-12"
 def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     top = tmp_path_factory.mktemp("golden")
     return {name: unpack_store(name, top / name) for name in ALGORITHMS}
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left() -> Iterator[None]:
+    before = os.listdir("/proc/self/fd")
+    yield
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 @pytest.fixture
@@ -201,6 +208,14 @@ def test_writable(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert refused.value.errno == errno.EROFS
 
 
+def test_unknown_features_may_forbid_opening(store: str) -> None:
+    Path(store, "meta.json").write_text(
+        '{"version": 1, "algorithm": "fsverity-sha256-12", "features": {"incompatible": ["new"]}}'
+    )
+    with pytest.raises(UnsupportedError, match="unknown incompatible"):
+        Repository.open(store)
+
+
 def test_unknown_features_forbid_writing(store: str) -> None:
     Path(store, "meta.json").write_text(
         '{"version": 1, "algorithm": "fsverity-sha256-12",'
@@ -223,6 +238,18 @@ def test_an_old_store_is_converted(name: str, golden: dict[str, Path], tmp_path:
         assert repository.algorithm is Algorithm.parse(name)
         assert not repository.is_secure
     assert (store / "meta.json").read_bytes() == written
+
+
+def test_an_odd_old_store_is_converted(tmp_path: Path) -> None:
+    store = Path(make_old(tmp_path / "store", "ab" * 32))
+    (store / "objects/ac").touch()
+    os.mkfifo(store / "objects/ab" / ("cd" * 31))
+    (store / "objects/ab" / ("ef" * 31)).symlink_to("nowhere")
+    (store / "streams").mkdir()
+    (store / "streams/oci-config-file").touch()
+    (store / "streams/oci-config-fifo").symlink_to(f"../objects/ab/{'cd' * 31}")
+    with Repository.open(str(store)) as repository:
+        assert repository.metadata == Metadata.create(SHA256, 1)
 
 
 def test_require_verity_fails_after_the_conversion(tmp_path: Path) -> None:
@@ -252,6 +279,9 @@ def test_format_of_a_converted_store_is_that_of_its_images(
                 writer.add_named(key, repository.objects.put_bytes(key.encode()))
             digest = writer.finish()
         register_stream(repository, "oci-config-sha256:ab", digest)
+        with SplitStreamWriter(repository, ContentType.LAYER) as writer:
+            writer.add_named("composefs.image", digest)
+            register_stream(repository, "oci-layer-sha256:cd", writer.finish())
         set_link(repository.fd, b"streams/oci-config-sha256:broken", b"objects/00/11")
     Path(store, "meta.json").unlink()
     with Repository.open(store) as repository:
@@ -316,6 +346,8 @@ def test_init_of_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     make(Path("store"))
     assert os.listdir("store") == ["meta.json"]
+    make(Path("new/../store-of-dots"))
+    assert sorted(os.listdir()) == ["new", "store", "store-of-dots"]
     with pytest.raises(InvalidRequestError, match="empty"):
         init("", algorithm=SHA256, is_secure=False, erofs_version=1)
 
@@ -336,6 +368,19 @@ def test_failed_init_leaves_nothing(
     with pytest.raises(UnsupportedError):
         init(str(tmp_path / "store"), algorithm=SHA256, is_secure=True, erofs_version=1)
     assert os.listdir(tmp_path / "store") == []
+
+
+def test_failed_init_leaves_what_others_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        (tmp_path / "a/store/theirs").touch()
+        _refuse_verity()
+
+    monkeypatch.setattr(verity, "enable", refuse)
+    with pytest.raises(UnsupportedError):
+        init(str(tmp_path / "a/store"), algorithm=SHA256, is_secure=True, erofs_version=1)
+    assert os.listdir(tmp_path / "a/store") == ["theirs"]
 
 
 def _refuse_verity(*_: object) -> None:
@@ -422,6 +467,8 @@ def test_init_of_a_secure_store_as_insecure(store: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(creation, "read_metadata", lambda _: (Metadata.create(SHA256, 1), True))
     with pytest.raises(ConflictError, match="cannot re-initialize as insecure"):
         make(Path(store))
+    result = init(store, algorithm=SHA256, is_secure=True, erofs_version=1)
+    assert (result.outcome, result.is_secure) == (Outcome.EXISTED, True)
 
 
 def test_ensure_converts_and_checks(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfs.digest import Algorithm, Digest
-from cfs.errors import CfsError, FormatError, InvalidRequestError
+from cfs.errors import CfsError, FormatError, InvalidRequestError, NotFoundError
 from cfs.fsverity import compute_digest
 from cfs.repository.repository import Repository, init
 from cfs.repository.splitstream import SplitStream
-from cfs.repository.splitstream_format import ContentType
+from cfs.repository.splitstream_format import ContentType, is_splitstream
 from cfs.repository.splitstream_writer import SplitStreamWriter
 from cfs.repository.streams import (
     find_stream,
@@ -51,6 +51,21 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
     init(path, algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
     with Repository.open(path) as repository:
         yield repository
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_what_can_be_opened_looks_like_a_stream(name: str, case: Case, tmp_path: Path) -> None:
+    data = base64.b64decode(case["data"])
+    try:
+        open_data(data, Algorithm.parse(name), tmp_path).close()
+    except FormatError:
+        return
+    assert is_splitstream(data[:32])
+
+
+def test_what_does_not_look_like_a_stream() -> None:
+    assert not is_splitstream(b"")
+    assert not is_splitstream(b" SplitStream" + bytes(20))
 
 
 def open_data(data: bytes, algorithm: Algorithm, directory: Path) -> SplitStream:
@@ -301,6 +316,8 @@ def test_register_and_find(repository: Repository) -> None:
         writer.write_inline(b"content")
         digest = writer.finish()
     assert not has_stream(repository, "id")
+    with pytest.raises(NotFoundError, match="stream not found: id"):
+        find_stream(repository, "id")
     register_stream(repository, "id", digest, "deep/name")
     assert has_stream(repository, "id")
     for name in ("id", "refs/deep/name"):

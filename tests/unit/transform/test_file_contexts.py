@@ -3,6 +3,8 @@
 Expectations that are not obvious were taken from composefs-rs 0.9.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from cfs.errors import FormatError
@@ -29,6 +31,11 @@ def matches(regex: str, path: bytes) -> bool:
         ("/usr/bin/a{1,2}+ab", b"/usr/bin/aab"),
         ("/usr/bin/a{1}{2}b", b"/usr/bin/aab"),
         ("/usr/^?", b"/usr/"),
+        (r"/usr/\b+bin\B{0}", b"/usr/bin"),
+        (r"/usr/bin/\x61++b", b"/usr/bin/aab"),
+        (r"/usr/bin/\x{61}{2}b", b"/usr/bin/aab"),
+        ("/usr/ä?", b"/usr/"),
+        ("/usr/ä+", "/usr/ää".encode()),
         ("^/usr", b"/usr"),
         (r"/usr/lib/\[x\]", b"/usr/lib/[x]"),
         ("/usr/lib/[[]x]", b"/usr/lib/[x]"),
@@ -60,6 +67,7 @@ def test_a_line_matches(regex: str, path: bytes) -> None:
         ("/usr/(?>a+)ab", b"/usr/aab"),
         ("/USR", b"/usr"),
         ("/usr/.", "/usr/ä".encode()),
+        ("/usr/ä*", b"/usr/\xc3"),
     ],
 )
 def test_a_line_does_not_match(regex: str, path: bytes) -> None:
@@ -118,6 +126,15 @@ def test_malformed_lines(line: str, words: str) -> None:
 def test_an_expression_that_explodes_is_an_error() -> None:
     with pytest.raises(FormatError, match="limit"):
         matches("/(?:a|aa)+[xyz]", b"/" + b"a" * 60)
+
+
+def test_threads_may_share_lines() -> None:
+    """Each match of PCRE2 takes memory for itself."""
+    shared = contexts("/(a|b)*(c|/)*(.*)x c\n")
+    path = b"/" + b"ab" * 200 + b"x"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: shared.find(path, b"-"), range(200)))
+    assert found == [b"c"] * 200
 
 
 def test_substitutions() -> None:
