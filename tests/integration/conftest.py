@@ -7,6 +7,7 @@ must be there: then it fails.
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,10 @@ from tests.vm.cache import Unavailable
 from tests.vm.machine import prepare
 
 Serve = Callable[..., Mount]
+
+# a shell lets its background jobs ignore SIGINT, and all that we start would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _lack(ability: str, reason: str) -> None:

@@ -11,18 +11,15 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
 
 from tests.command_line import Done, command, environment, run
 from tests.integration.waiting import wait_until
-from tests.paths import DATA
+from tests.stores import unpack_store
 
 Cfsctl = Callable[..., str]
 _BIG = b"of a file that is an object\n" * 100
@@ -250,11 +247,7 @@ def test_old_format_repo_gives_migration_hint(
 
 @pytest.mark.parametrize("name", ["sha256", "sha512"])
 def test_read_old_format_repo(name: str, cfsctl: Cfsctl, failing: Cfsctl, tmp_path: Path) -> None:
-    packed = (DATA / "repository" / f"store-{name}.tar.zst").read_bytes()
-    data = zstandard.ZstdDecompressor().stream_reader(BytesIO(packed)).read()
-    with tarfile.open(fileobj=BytesIO(data)) as members:
-        members.extractall(tmp_path / "old", filter="fully_trusted")
-    (repo,) = (path.parent for path in (tmp_path / "old").rglob("meta.json"))
+    repo = unpack_store(name, tmp_path / "old")
     cfsctl("--repo", repo, "gc")
     (repo / "meta.json").unlink()
     failing("--repo", repo, "--no-upgrade", "images")

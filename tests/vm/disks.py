@@ -39,11 +39,11 @@ exec busybox switch_root /new /init
 """
 _SYSTEM_INIT = """#!/bin/sh
 mount -t proc none /proc; mount -t sysfs none /sys
-for name in tmp run root/home; do mount -t tmpfs none /$name; done
+for name in tmp run; do mount -t tmpfs none /$name; done
 mkdir /run/data /dev/shm; mount -t tmpfs none /dev/shm
 mount -t erofs /dev/vdb {package}
 ln -s /proc/self/fd /dev/fd; ifconfig lo up
-export PATH={package}/bin:/usr/bin:/bin HOME=/root/home LC_ALL=C.UTF-8 OPENBLAS_NUM_THREADS=1
+export PATH={package}/bin:/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 OPENBLAS_NUM_THREADS=1
 export PYTHONHOME={prefix} PYTHONPATH={package}:{sites} XDG_RUNTIME_DIR=/run
 for port in /dev/vport*; do {python} {package}/agent.py $port; done
 echo the agent has ended; poweroff -f
@@ -104,7 +104,7 @@ def get_system_disk() -> Path:
         for source in _system_files(packages):
             _mirror(source, root)
         _add_libraries(root)
-        for name in ("proc", "sys", "dev", "tmp", "run", "root/home", "mnt", PACKAGE_DIRECTORY[1:]):
+        for name in ("proc", "sys", "dev", "tmp", "run", "mnt", PACKAGE_DIRECTORY[1:]):
             (root / name).mkdir(parents=True, exist_ok=True)
         (root / "etc").mkdir(exist_ok=True)
         (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")

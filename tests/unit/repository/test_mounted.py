@@ -173,7 +173,7 @@ def test_another_pid_name_space_still_counts(
     repository: Repository, store: Path, links: Path
 ) -> None:
     """Its numbers mean nothing here, but the lock does."""
-    command = ["unshare", "--pid", "--fork", "--kill-child"]
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no private PID name space")
     code = (
@@ -186,7 +186,7 @@ def test_another_pid_name_space_still_counts(
         "sys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [*command, "--mount-proc", sys.executable, "-c", code, str(store)],
+        [*command, sys.executable, "-c", code, str(store)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT,
     ) as child:  # fmt: skip
         assert child.stdin
