@@ -9,13 +9,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from cfs.cli.mount_helper import (
-    HelperArguments,
-    HelperUsageError,
-    format_usage,
-    open_image_file,
-)
-from cfs.cli.report import describe, run_reporting
+from cfs.cli.mount_helper import HelperArguments, open_image_file, run_helper
+from cfs.cli.report import describe
 from cfs.errors import CfsError, MountError, NotFoundError
 from cfs.linux.files import owned
 from cfs.mounting.kernel import mount_in_kernel
@@ -37,25 +32,16 @@ def main() -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the tool and return its status."""
-    if "-h" in arguments:
-        print(format_usage(_FSTYPE, _MORE), end="", file=sys.stderr)
-        return 0
-    return run_reporting(f"mount.{_FSTYPE}", lambda: _parse_and_mount(arguments))
+    return run_helper(_FSTYPE, _MORE, arguments, _parse, _mount)
 
 
-def _parse_and_mount(arguments: Sequence[str]) -> int:
-    try:
-        parsed = HelperArguments.parse(arguments, _FSTYPE, values=["idmap"], flags=["tryverity"])
-        basedirs = parsed.basedirs
-    except HelperUsageError as error:
-        print(f"{error}\n{format_usage(_FSTYPE, _MORE)}", end="", file=sys.stderr)
-        return 1
-    if not parsed.is_fake:
-        _mount(parsed, basedirs)
-    return 0
+def _parse(arguments: Sequence[str]) -> HelperArguments:
+    return HelperArguments.parse(arguments, _FSTYPE, values=["idmap"], flags=["tryverity"])
 
 
 def _mount(parsed: HelperArguments, basedirs: Sequence[str]) -> None:
+    if parsed.is_fake:
+        return
     with ExitStack() as stack:
         namespace = _open_namespace(parsed.values.get("idmap"))
         if namespace is not None:

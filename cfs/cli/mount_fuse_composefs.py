@@ -8,13 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from cfs.cli.fuse_options import FUSE_KEYS, read_items
-from cfs.cli.mount_helper import (
-    HelperArguments,
-    HelperUsageError,
-    format_usage,
-    open_image_file,
-)
-from cfs.cli.report import run_reporting
+from cfs.cli.mount_helper import HelperArguments, open_image_file, run_helper
 from cfs.mounting.choice import MountRequest, choose_serving
 
 __all__ = ["main", "run"]
@@ -34,23 +28,11 @@ def main() -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the tool and return its status; what serves stays behind."""
-    if "-h" in arguments:
-        print(format_usage(_FSTYPE, _MORE), end="", file=sys.stderr)
-        return 0
-    return run_reporting(f"mount.{_FSTYPE}", lambda: _parse_and_mount(arguments))
+    return run_helper(_FSTYPE, _MORE, arguments, _parse, _mount)
 
 
-def _parse_and_mount(arguments: Sequence[str]) -> int:
-    try:
-        parsed = HelperArguments.parse(arguments, _FSTYPE, others=[*FUSE_KEYS, "allow_other"])
-        basedirs = parsed.basedirs
-    except HelperUsageError as error:
-        print(f"{error}\n{format_usage(_FSTYPE, _MORE)}", end="", file=sys.stderr)
-        return 1
-    request = _make_request(parsed)
-    if not parsed.is_fake:
-        _mount(parsed, basedirs, request)
-    return 0
+def _parse(arguments: Sequence[str]) -> HelperArguments:
+    return HelperArguments.parse(arguments, _FSTYPE, others=[*FUSE_KEYS, "allow_other"])
 
 
 def _make_request(parsed: HelperArguments) -> MountRequest:
@@ -71,10 +53,13 @@ def _make_request(parsed: HelperArguments) -> MountRequest:
     )
 
 
-def _mount(parsed: HelperArguments, basedirs: Sequence[str], request: MountRequest) -> None:
+def _mount(parsed: HelperArguments, basedirs: Sequence[str]) -> None:
     from cfs.cli.runtime import records_directory
     from cfs.mounting.serving import serve_file
 
+    request = _make_request(parsed)
+    if parsed.is_fake:
+        return
     fd = open_image_file(parsed.image)
     try:
         parsed.check_image(fd)

@@ -7,15 +7,17 @@ own: ``mount.TYPE IMAGE DIR [-sfnv] [-o OPTIONS] [-t TYPE]``.
 import getopt
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from cfs.cli.report import run_reporting
 from cfs.digest import Digest
 from cfs.errors import FormatError, IntegrityError, InvalidRequestError, NotFoundError
 from cfs.linux.mounts import MountAttr
 
-__all__ = ["HelperArguments", "HelperUsageError", "format_usage", "open_image_file"]
+__all__ = ["HelperArguments", "HelperUsageError", "open_image_file", "run_helper"]
 
 _USAGE = """\
 Usage: {tool} [-t TYPE] [-o OPTION[,OPTION...]] IMAGE DIRECTORY
@@ -201,14 +203,38 @@ class HelperArguments:
         return "upperdir" in self.values and "ro" not in self.flags
 
 
-def format_usage(fstype: str, more: str) -> str:
-    """Return how a helper is used.
+def run_helper(
+    fstype: str,
+    more: str,
+    arguments: Sequence[str],
+    parse: Callable[[Sequence[str]], HelperArguments],
+    mount: Callable[[HelperArguments, Sequence[str]], None],
+) -> int:
+    """Run a helper and return its status.
 
     Args:
         fstype: its type.
-        more: lines for the options that only this one has.
+        more: usage lines of the options that only this one has.
+        arguments: of the command line.
+        parse: parses them.
+        mount: mounts what they say, with these objects directories.
     """
-    return _USAGE.format(tool=f"mount.{fstype}", fstype=fstype, more=more)
+    usage = _USAGE.format(tool=f"mount.{fstype}", fstype=fstype, more=more)
+    if "-h" in arguments:
+        print(usage, end="", file=sys.stderr)
+        return 0
+
+    def parse_and_mount() -> int:
+        try:
+            parsed = parse(arguments)
+            basedirs = parsed.basedirs
+        except HelperUsageError as error:
+            print(f"{error}\n{usage}", end="", file=sys.stderr)
+            return 1
+        mount(parsed, basedirs)
+        return 0
+
+    return run_reporting(f"mount.{fstype}", parse_and_mount)
 
 
 def open_image_file(path: str) -> int:

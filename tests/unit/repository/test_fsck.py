@@ -3,7 +3,6 @@
 import base64
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def store(stores: dict[str, Path], tmp_path: Path) -> Path:
     return copy_store(stores["sha256"], tmp_path / "store")
-
-
-@pytest.fixture
-def repository(store: Path) -> Iterator[Repository]:
-    with Repository.open(str(store)) as opened:
-        yield opened
 
 
 def put(store: Path, algorithm: str, data: bytes) -> str:

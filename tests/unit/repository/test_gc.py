@@ -5,7 +5,6 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,6 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(golden: Path, tmp_path: Path) -> Path:
     return copy_store(golden, tmp_path / "store")
-
-
-@pytest.fixture
-def repository(store: Path) -> Iterator[Repository]:
-    with Repository.open(str(store)) as opened:
-        yield opened
 
 
 def complaints(collection: Collection) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,23 +21,10 @@ from cfs.repository.images import (
     open_image,
 )
 from cfs.repository.refs import set_link
-from cfs.repository.repository import Repository, init
+from cfs.repository.repository import Repository
 from cfs.tree import Directory, Link, Regular, Special
 
 CONTENT = b"x" * 100
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "store"
-    init(str(path), algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
-    return path
-
-
-@pytest.fixture
-def repository(store: Path) -> Iterator[Repository]:
-    with Repository.open(str(store)) as repository:
-        yield repository
 
 
 def make_tree(repository: Repository) -> Directory:

@@ -4,33 +4,19 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cfs.digest import Algorithm, Digest
+from cfs.digest import Digest
 from cfs.linux.processes import boot_id, start_time
 from cfs.linux.traces import Trace, remove_traces
 from cfs.repository.mounted import is_alive, is_reserved, keep_image, keep_store, remove_dead
-from cfs.repository.repository import Repository, init
+from cfs.repository.repository import Repository
 from tests.paths import CHECKOUT
 
 DIGEST = Digest(bytes(range(32)))
 OTHER_BOOT = "00000000-0000-4000-8000-000000000000"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "store"
-    init(str(path), algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
-    return path
-
-
-@pytest.fixture
-def repository(store: Path) -> Iterator[Repository]:
-    with Repository.open(str(store)) as repository:
-        yield repository
 
 
 @pytest.fixture
