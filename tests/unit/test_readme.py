@@ -26,9 +26,9 @@ def run(source: str, directory: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_making_and_reading_an_image(tmp_path: Path) -> None:
-    making, _ = EXAMPLES
-    run(making, tmp_path)
+def test_making_reading_and_keeping_an_image(tmp_path: Path) -> None:
+    *making, _ = EXAMPLES
+    run("".join(making), tmp_path)
 
 
 def test_serving_an_image(tmp_path: Path) -> None:
