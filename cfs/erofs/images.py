@@ -62,7 +62,7 @@ def load_image(fd: int, name: str, *, view: View = View.MOUNT) -> InodeVector:
     return parse_image(data, name, view=view)
 
 
-def parse_image(data: bytes, name: str, *, view: View = View.MOUNT) -> InodeVector:
+def parse_image(data: bytes | bytearray, name: str, *, view: View = View.MOUNT) -> InodeVector:
     """Check an image in memory; as :func:`load_image`.
 
     Raises:

@@ -14,7 +14,7 @@ from cfs.errors import CfsError, ConflictError, InvalidRequestError, NotFoundErr
 from cfs.repository.locks import LockedDirectory
 from cfs.repository.metadata import Metadata, format_algorithm
 from cfs.repository.metafile import NAME, create_metadata, read_metadata
-from cfs.repository.oldstores import convert, infer_algorithm
+from cfs.repository.oldstores import convert, have_verity, infer_algorithm
 from cfs.repository.refs import IMAGES, STREAMS
 
 __all__ = ["InitResult", "Outcome", "init"]
@@ -147,8 +147,12 @@ def _convert(directory_fd: int) -> InitResult:
 def _init(directory_fd: int, wanted: Metadata, *, is_secure: bool, ensure: bool) -> InitResult:
     found = read_metadata(directory_fd)
     if found is None:
-        if _infer(directory_fd, wanted.algorithm) is not None and ensure:
-            return _convert(directory_fd)
+        if _infer(directory_fd, wanted.algorithm) is not None:
+            if ensure:
+                return _convert(directory_fd)
+            if is_secure and not have_verity(directory_fd, wanted.algorithm):
+                msg = "the objects that are there already have no fs-verity"
+                raise ConflictError(msg)
         try:
             create_metadata(directory_fd, wanted, is_secure=is_secure)
         except FileExistsError:  # somebody else was faster

@@ -56,22 +56,23 @@ def commit_image(repository: Repository, root: Directory, name: str | None = Non
     Raises:
         InvalidRequestError: the name cannot be one.
         ConflictError: something that is no link has the name.
-        FormatError: the tree has no form in one of the formats.
+        FormatError: the tree has no form in one of the formats, or none that can be read.
         OSError: the store cannot be written to.
     """
-    from cfs.erofs.writer import Rules, write_image  # noqa: PLC0415 - listing does without it
+    from cfs.erofs import View, parse_image  # noqa: PLC0415 - listing does without numpy
+    from cfs.erofs.writer import Rules, write_image  # noqa: PLC0415
 
     path = None if name is None else check_image_name(name)
     repository.check_writable()
     _check_whiteouts(root)
     formats = repository.formats
     versions = [formats.default, *sorted(set(formats.extra) - {formats.default})]
-    digests = [
-        repository.objects.put_bytes(
-            write_image(root, min_version=version, max_version=version, rules=Rules.RUST)
-        )
-        for version in versions
-    ]
+    digests = []
+    for version in versions:
+        data = write_image(root, min_version=version, max_version=version, rules=Rules.RUST)
+        # composefs-rs writes a few that nothing can read, and we write what it writes
+        parse_image(data, f"image of format {version}", view=View.RAW)
+        digests.append(repository.objects.put_bytes(data))
     _link(repository, digests, path)
     return digests[0]
 

@@ -13,7 +13,7 @@ from cfs.repository.metafile import create_metadata, read_metadata
 from cfs.repository.refs import STREAMS, entries, object_of_target
 from cfs.repository.splitstream import SplitStream
 
-__all__ = ["convert", "infer_algorithm"]
+__all__ = ["convert", "have_verity", "infer_algorithm"]
 
 _NAME_SIZES = {2 * algorithm.digest_size - 2: algorithm for algorithm in Algorithm}
 _FAN_OUT_SIZE = 2
@@ -43,12 +43,22 @@ def convert(directory_fd: int) -> tuple[Metadata, bool]:
         OSError: reading or writing failed.
     """
     algorithm = infer_algorithm(directory_fd)
-    is_secure = all(_has_verity(directory_fd, path, algorithm) for path in _walk(directory_fd))
+    is_secure = have_verity(directory_fd, algorithm)
     version = 2 if _has_images_of_format_2(directory_fd, algorithm) else 1
     while (found := read_metadata(directory_fd)) is None:
         with suppress(FileExistsError):  # somebody else was faster
             create_metadata(directory_fd, Metadata.create(algorithm, version), is_secure=is_secure)
     return found
+
+
+def have_verity(directory_fd: int, algorithm: Algorithm) -> bool:
+    """Whether all objects have fs-verity.
+
+    Raises:
+        NotFoundError: there is no object.
+        OSError: reading failed.
+    """
+    return all(_has_verity(directory_fd, path, algorithm) for path in _walk(directory_fd))
 
 
 def _walk(directory_fd: int) -> Iterator[bytes]:

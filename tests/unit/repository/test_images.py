@@ -35,6 +35,13 @@ def make_tree(repository: Repository) -> Directory:
     return root
 
 
+def deep(nr_levels: int) -> Directory:
+    directory = Directory(mode=stat.S_IFDIR)
+    for _ in range(nr_levels):
+        directory = Directory(mode=stat.S_IFDIR, children={b"d": directory})
+    return directory
+
+
 def encode(root: Directory, version: int) -> bytes:
     return bytes(write_image(root, min_version=version, max_version=version, rules=Rules.RUST))
 
@@ -46,6 +53,28 @@ def links(store: Path) -> dict[str, str]:
         for path in images.rglob("*")
         if path.is_symlink()
     }
+
+
+@pytest.mark.parametrize(
+    "child",
+    [
+        # gets a marker of that name beside its own, as composefs-rs does it
+        Directory(
+            mode=stat.S_IFDIR,
+            xattrs={b"trusted.overlay.opaque": b"y"},
+            children={b"w": Special(mode=stat.S_IFCHR)},
+        ),
+        deep(5000),
+    ],
+    ids=["name twice", "depth"],
+)
+def test_commit_of_what_could_not_be_read(
+    child: Directory, repository: Repository, store: Path
+) -> None:
+    root = Directory(mode=stat.S_IFDIR, children={b"d": child})
+    with pytest.raises(FormatError, match="image of format 1: inode"):
+        commit_image(repository, root, "new")
+    assert not (store / "images").exists()
 
 
 def test_commit_links_the_image_and_its_name(repository: Repository, store: Path) -> None:

@@ -487,6 +487,13 @@ def test_init_does_not_make_objects_foreign(tmp_path: Path) -> None:
     assert make(Path(store), algorithm=SHA256)
 
 
+def test_init_does_not_make_objects_unusable(tmp_path: Path) -> None:
+    store = make_old(tmp_path / "store", "ab" * 32)
+    with pytest.raises(ConflictError, match="have no fs-verity"):
+        init(store, algorithm=SHA256, is_secure=True, erofs_version=1)
+    assert not Path(store, "meta.json").exists()
+
+
 def test_reset_keeps_objects_only(golden: dict[str, Path], tmp_path: Path) -> None:
     store = copy_store(golden["sha256"], tmp_path / "store")
     shutil.rmtree(store / "images")
