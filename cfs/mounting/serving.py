@@ -23,6 +23,7 @@ from cfs.linux.mountinfo import list_mounts
 from cfs.linux.processes import start_time
 from cfs.linux.traces import Trace, remove_traces
 from cfs.mounting.records import NewRecord, Record, new_record
+from cfs.repository.locks import open_shared
 from cfs.repository.mounted import keep_image, keep_store
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def serve_file(
         mountpoint: existing directory.
         options: how; objects are verified by default if they come from a secure store.
         name: shown as mount source ``composefs:NAME``; the path if not given.
-        basedirs: objects directories, searched in this order.
+        basedirs: objects directories, searched in this order; a store that one of them belongs
+            to counts as ``repository`` does.
         repository: store that objects come from as well; nothing is collected from it while the
             mount is served.
         records: directory of the user's records, or None to keep none.
@@ -122,6 +124,10 @@ def serve_file(
             objects += _objects_of(repository)
             kept.append(keep_store(repository))
             owned(stack, kept[0].fd)
+        for basedir in basedirs:
+            lock = _lock_store_of(basedir)
+            if lock is not None:
+                kept.append(Trace(owned(stack, lock)))
         with _recorded(records, launcher.pid, kept) as (record, traces):
             mount = launcher.start(
                 vector, mountpoint, objects, name=name, grace=grace, traces=traces
@@ -135,6 +141,17 @@ def _suited(options: ServeOptions, repository: "Repository | None") -> ServeOpti
         return options
     is_secure = repository is not None and repository.is_secure
     return replace(options, verify=Verify.REQUIRE if is_secure else Verify.OFF)
+
+
+def _lock_store_of(basedir: StrPath) -> int | None:
+    """Lock the store that an objects directory belongs to, if any: its image is not known there."""
+    store, name = os.path.split(os.path.realpath(basedir))
+    if name != "objects" or not os.path.lexists(os.path.join(store, "meta.json")):
+        return None
+    try:
+        return open_shared(store)
+    except OSError:  # not ours to read: then its objects can be served, but not kept
+        return None
 
 
 def _objects_of(repository: "Repository") -> list[int]:

@@ -181,6 +181,17 @@ def test_image_outside_holds_the_lock(store: Store, mnt: Path, tmp_path: Path) -
     assert "Objects: 2 removed" in store.run("gc", "--no-wait").stdout
 
 
+def test_objects_directory_of_a_store_holds_its_lock(store: Store, mnt: Path) -> None:
+    image = store.path / "images" / str(store.digest)
+    objects = store.path / "objects"
+    run("--no-repo", "fuse-serve", "--background", "--basedir", objects, image, mnt)
+    pid = find_served(mnt).record.pid
+    store.run("gc", "--no-wait", status=1)
+    run("umount", mnt)
+    wait_for_end(pid)
+    store.run("gc", "--no-wait")
+
+
 def test_link_is_made_before_the_lock_is_given_back(store: Store, mnt: Path) -> None:
     with Repository.open(str(store.path)) as repository:
         options = ServeOptions(verify=None)
