@@ -3,10 +3,11 @@
 Everything is loaded when it is first used; ``import cfs`` alone loads neither numpy nor pyfuse3.
 """
 
-import importlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from cfs.lazy import load_lazily
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -53,28 +54,22 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_MODULES = {
-    "Algorithm": "cfs.digest",
-    "Digest": "cfs.digest",
-    "InodeVector": "cfs.inodes",
-    "ScanOptions": "cfs.directory",
-    "ServeOptions": "cfs.fuse.options",
-    "format_tree": "cfs.dumpfile",
-    "format_vector": "cfs.dumpfile",
-    "open_image": "cfs.erofs",
-    "parse_dumpfile": "cfs.dumpfile",
-    "scan": "cfs.directory",
-    "write_image": "cfs.erofs.writer",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    module = importlib.import_module(_MODULES.get(name, "cfs.errors"))
-    value = globals()[name] = getattr(module, name)
-    return value
+__getattr__ = load_lazily(
+    __name__,
+    {
+        "digest": ["Algorithm", "Digest"],
+        "directory": ["ScanOptions", "scan"],
+        "dumpfile": ["format_tree", "format_vector", "parse_dumpfile"],
+        "erofs": ["open_image"],
+        "erofs.writer": ["write_image"],
+        "errors": [
+            "CfsError", "ConflictError", "FormatError", "IntegrityError", "InvalidRequestError",
+            "MountError", "NotFoundError", "UnsupportedError",
+        ],
+        "fuse.options": ["ServeOptions"],
+        "inodes": ["InodeVector"],
+    },
+)  # fmt: skip
 
 
 def serve(

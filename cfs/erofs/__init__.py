@@ -3,8 +3,9 @@
 Names are loaded on first use, so that importing the package does not import numpy.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cfs.lazy import load_lazily
 
 if TYPE_CHECKING:
     from cfs.erofs.images import View, load_image, open_image, parse_image
@@ -21,19 +22,11 @@ __all__ = [
     "tree_view",
 ]
 
-_MODULES = {
-    "View": "images",
-    "load_image": "images",
-    "mount_view": "overlay",
-    "open_image": "images",
-    "parse_image": "images",
-    "read_image": "reader",
-    "tree_view": "overlay",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = load_lazily(
+    __name__,
+    {
+        "images": ["View", "load_image", "open_image", "parse_image"],
+        "overlay": ["mount_view", "tree_view"],
+        "reader": ["read_image"],
+    },
+)

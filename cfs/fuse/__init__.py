@@ -4,8 +4,9 @@ Everything is loaded when it is first used: a session process must not load what
 needs, and nobody else loads pyfuse3 and trio.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from cfs.lazy import load_lazily
 
 if TYPE_CHECKING:
     from cfs.fuse.foreground import serve_foreground
@@ -25,21 +26,12 @@ __all__ = [
     "start",
 ]
 
-_MODULES = {
-    "Launcher": "launcher",
-    "Mount": "mounts",
-    "serve": "launcher",
-    "serve_foreground": "foreground",
-    "start": "launcher",
-}
-
-
-if not TYPE_CHECKING:  # the checker shall not take modules of this package for objects
-
-    def __getattr__(name: str) -> object:
-        if name not in __all__:
-            msg = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(msg)
-        module = importlib.import_module(f"cfs.fuse.{_MODULES.get(name, 'options')}")
-        value = globals()[name] = getattr(module, name)
-        return value
+__getattr__ = load_lazily(
+    __name__,
+    {
+        "foreground": ["serve_foreground"],
+        "launcher": ["Launcher", "serve", "start"],
+        "mounts": ["Mount"],
+        "options": ["Mode", "Passthrough", "ServeOptions", "Verify"],
+    },
+)

@@ -13,7 +13,7 @@ from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple, Protocol, cast
 
 from cfs.errors import MountError
-from cfs.fuse import _worker  # type: ignore[attr-defined] # made by _build.py
+from cfs.fuse import _worker  # made by _build.py
 from cfs.fuse.choices import Passthrough, Verify
 
 __all__ = [

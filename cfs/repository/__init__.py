@@ -3,8 +3,9 @@
 Names are loaded on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cfs.lazy import load_lazily
 
 if TYPE_CHECKING:
     from cfs.repository.fsck import check
@@ -30,16 +31,12 @@ __all__ = [
     "open_image",
 ]
 
-_MODULES = {
-    "Repository": "repository",
-    "check": "fsck",
-    "collect": "gc",
-    "init": "repository",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'images')}"), name)
+__getattr__ = load_lazily(
+    __name__,
+    {
+        "fsck": ["check"],
+        "gc": ["collect"],
+        "images": ["commit_image", "image_objects", "import_image", "list_images", "open_image"],
+        "repository": ["Repository", "init"],
+    },
+)

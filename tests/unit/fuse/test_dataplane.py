@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cfs.errors import MountError
-from cfs.fuse import (  # type: ignore[attr-defined] # _worker is made by _build.py
+from cfs.fuse import (
     _worker,
     dataplane,
     shared,
