@@ -3,12 +3,12 @@
 import errno
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from operator import attrgetter
 
 from cfs.digest import Digest
+from cfs.erofs.format import CFS_HEADER, EROFS_MAGIC, SUPERBLOCK, SUPERBLOCK_OFF
 from cfs.errors import CfsError, FormatError
 from cfs.linux.files import owned
 from cfs.repository.findings import Report, describe_errno, show
@@ -21,10 +21,6 @@ from cfs.repository.splitstream import SplitStream
 __all__ = ["LinkCheck"]
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_CFS_HEADER_SIZE = 32
-_SUPERBLOCK = struct.Struct("<1024xI8xB23xI")  # magic, blkszbits, blocks
-_SUPERBLOCK_END = 1024 + 128
-_EROFS_MAGIC = 0xE0F5E1E2
 _WORD_BITS = 64
 
 
@@ -190,13 +186,15 @@ def _is_there(path: bytes, dir_fd: int) -> bool:
 def _describe_fault(fd: int) -> str | None:
     """Return what composefs-rs says of a file that is no image; None if that depends."""
     size = os.fstat(fd).st_size
-    if size < _CFS_HEADER_SIZE:
+    if size < CFS_HEADER.size:
         return "Invalid image: cannot parse header"
-    if size < _SUPERBLOCK_END:
+    if size < SUPERBLOCK_OFF + SUPERBLOCK.size:
         return "Invalid image: image too small for superblock"
-    magic, blkszbits, blocks = _SUPERBLOCK.unpack(os.pread(fd, _SUPERBLOCK.size, 0))
+    magic, _, _, blkszbits, _, _, _, _, _, blocks, _, _ = SUPERBLOCK.unpack(
+        os.pread(fd, SUPERBLOCK.size, SUPERBLOCK_OFF)
+    )
     if blkszbits >= _WORD_BITS:
         return f"Invalid image: blkszbits {blkszbits} >= platform word size {_WORD_BITS}"
-    if magic != _EROFS_MAGIC:
-        return f"Invalid image: bad EROFS magic: expected {_EROFS_MAGIC:#x}, got {magic:#x}"
+    if magic != EROFS_MAGIC:
+        return f"Invalid image: bad EROFS magic: expected {EROFS_MAGIC:#x}, got {magic:#x}"
     return "Offset out of bounds" if size < blocks << blkszbits else None

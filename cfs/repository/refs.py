@@ -23,7 +23,6 @@ __all__ = [
     "REFS",
     "STREAMS",
     "Entry",
-    "Ref",
     "check_name",
     "ensure_directory",
     "entries",
@@ -69,9 +68,6 @@ class Entry:
     name: bytes
     target: bytes | None
     mode: int
-
-
-Ref = Entry
 
 
 def check_name(name: str) -> bytes:

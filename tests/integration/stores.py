@@ -11,6 +11,7 @@ import cfs
 from cfs.cli.runtime import all_records_directories
 from cfs.digest import Algorithm
 from cfs.mounting.records import ServedMount, find_mounts
+from cfs.objectdir import ObjectDirectory
 from cfs.repository.images import commit_image
 from cfs.repository.repository import Repository, init
 from tests.paths import CHECKOUT
@@ -18,6 +19,19 @@ from tests.paths import CHECKOUT
 CFSCTL = [sys.executable, "-m", "cfs.cli.main"]
 BIG = os.urandom(70_000)
 SECONDS = 60
+
+
+def make_image(directory: Path, objects: Path, files: dict[str, bytes]) -> Path:
+    """Make an image file below a directory, its objects in another one."""
+    source = directory / "source"
+    source.mkdir()
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    with ObjectDirectory.open(objects) as store:
+        tree = cfs.scan(source, options=cfs.ScanOptions(objects=store))
+    path = directory / "image.cfs"
+    path.write_bytes(cfs.write_image(tree))
+    return path
 
 
 class Store:

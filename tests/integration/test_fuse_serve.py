@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import cfs
-from cfs.objectdir import ObjectDirectory
+from tests.integration.stores import make_image
 from tests.integration.waiting import start_server
 from tests.paths import CHECKOUT
 
@@ -25,15 +24,7 @@ DEADLINE = 60
 @pytest.fixture
 def image(tmp_path: Path, objects: Path) -> Path:
     """An image of a small tree, its objects below ``objects``."""
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "big").write_bytes(BIG)
-    (source / "small").write_text("text")
-    with ObjectDirectory.open(objects) as store:
-        tree = cfs.scan(source, options=cfs.ScanOptions(objects=store))
-    path = tmp_path / "image.cfs"
-    path.write_bytes(cfs.write_image(tree))
-    return path
+    return make_image(tmp_path, objects, {"big": BIG, "small": b"text"})
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-import cfs
 from cfs.errors import MountError
 from cfs.linux.files import is_on_overlay, owned
 from cfs.linux.loop import _LOOP_CTL_GET_FREE, open_loop_device
@@ -25,10 +24,10 @@ from cfs.linux.mountinfo import list_mounts
 from cfs.linux.mounts import Option, create_mount
 from cfs.mounting import kernel
 from cfs.mounting.kernel import mount_in_kernel
-from cfs.objectdir import ObjectDirectory
 from cfs.overlaymount import OverlayLayers, OverlayVerity
 from tests.command_line import Done, run
 from tests.integration.oracle_walk import walk
+from tests.integration.stores import make_image
 from tests.integration.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("overlay")
@@ -41,16 +40,7 @@ Layers = Callable[..., OverlayLayers]
 @pytest.fixture
 def image(tmp_path: Path, objects: Path) -> Path:
     """An image of a small tree, its objects below ``objects``."""
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "big").write_bytes(BIG)
-    (source / "other").write_bytes(OTHER)
-    (source / "small").write_text("text")
-    with ObjectDirectory.open(objects) as store:
-        tree = cfs.scan(source, options=cfs.ScanOptions(objects=store))
-    path = tmp_path / "image.cfs"
-    path.write_bytes(cfs.write_image(tree))
-    return path
+    return make_image(tmp_path, objects, {"big": BIG, "other": OTHER, "small": b"text"})
 
 
 @pytest.fixture
