@@ -5,14 +5,13 @@ A command's module is imported when the command runs, so that help is quick.
 
 import importlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import click
 
 from cfs import __version__
+from cfs.cli.group import Entry, LazyGroup
 from cfs.cli.report import run_reporting
-from cfs.cli.strict import GlobalOptions, check_repetitions
-from cfs.compat import override
+from cfs.cli.strict import GlobalOptions
 from cfs.digest import Algorithm
 from cfs.errors import UnsupportedError
 
@@ -21,76 +20,35 @@ __all__ = ["cfsctl", "run"]
 _USAGE_STATUS = 2
 
 
-class _Entry(NamedTuple):
-    """Where a command is and what help says of it."""
-
-    module: str
-    name: str
-    help: str
-    is_hidden: bool = False
-
-
 _COMMANDS = {
-    "init": _Entry("repository", "init", "Make a store"),
-    "transaction": _Entry("repository", "transaction", "Keep the store open until a signal"),
-    "cat": _Entry("repository", "cat", "Print a stream"),
-    "gc": _Entry("collect", "gc", "Remove what no name needs"),
-    "fsck": _Entry("collect", "fsck", "Check the store"),
-    "create-image": _Entry("image", "create_image", "Store a directory as an image"),
-    "import-image": _Entry("images", "import_image", "Store an image file from stdin"),
-    "images": _Entry("images", "images", "List the named images"),
-    "list-images": _Entry("images", "images", "", is_hidden=True),
-    "image-objects": _Entry("images", "image_objects", "List the objects that an image needs"),
-    "dump-files": _Entry("images", "dump_files", "Print files of an image as dumpfile lines"),
-    "compute-karg": _Entry("image", "compute_karg", "Print the kernel argument of a directory"),
-    "mount": _Entry("mount", "mount", "Mount an image of the store"),
-    "ps": _Entry("mounts", "ps", "List the FUSE mounts"),
-    "umount": _Entry("mounts", "umount", "Unmount FUSE mounts"),
-    "compute-id": _Entry("image", "compute_id", "Print the digest of a directory's image"),
-    "create-dumpfile": _Entry("image", "create_dumpfile", "Print a directory as a dumpfile"),
-    "fuse-serve": _Entry("serve", "fuse_serve", "Serve an image over FUSE"),
-    "help": _Entry("cfsctl", "show_help", "Print help of a command"),
-    "fetch": _Entry("cfsctl", "fetch", "", is_hidden=True),
-    "ostree": _Entry("cfsctl", "ostree", "", is_hidden=True),
-    "mkcomposefs": _Entry("cfsctl", "mkcomposefs", "", is_hidden=True),
-    "composefs-info": _Entry("cfsctl", "composefs_info", "", is_hidden=True),
+    "init": Entry("repository", "init", "Make a store"),
+    "transaction": Entry("repository", "transaction", "Keep the store open until a signal"),
+    "cat": Entry("repository", "cat", "Print a stream"),
+    "gc": Entry("collect", "gc", "Remove what no name needs"),
+    "fsck": Entry("collect", "fsck", "Check the store"),
+    "create-image": Entry("image", "create_image", "Store a directory as an image"),
+    "import-image": Entry("images", "import_image", "Store an image file from stdin"),
+    "images": Entry("images", "images", "List the named images"),
+    "list-images": Entry("images", "images", "", is_hidden=True),
+    "image-objects": Entry("images", "image_objects", "List the objects that an image needs"),
+    "dump-files": Entry("images", "dump_files", "Print files of an image as dumpfile lines"),
+    "compute-karg": Entry("image", "compute_karg", "Print the kernel argument of a directory"),
+    "mount": Entry("mount", "mount", "Mount an image of the store"),
+    "ps": Entry("mounts", "ps", "List the FUSE mounts"),
+    "umount": Entry("mounts", "umount", "Unmount FUSE mounts"),
+    "compute-id": Entry("image", "compute_id", "Print the digest of a directory's image"),
+    "create-dumpfile": Entry("image", "create_dumpfile", "Print a directory as a dumpfile"),
+    "fuse-serve": Entry("serve", "fuse_serve", "Serve an image over FUSE"),
+    "oci": Entry("oci", "oci", "Pull, inspect and mount OCI images"),
+    "help": Entry("group", "show_help", "Print help of a command"),
+    "fetch": Entry("cfsctl", "fetch", "", is_hidden=True),
+    "ostree": Entry("cfsctl", "ostree", "", is_hidden=True),
+    "mkcomposefs": Entry("cfsctl", "mkcomposefs", "", is_hidden=True),
+    "composefs-info": Entry("cfsctl", "composefs_info", "", is_hidden=True),
 }
 
 
-class _LazyGroup(click.Group):
-    """The group over the table of commands."""
-
-    @override
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's
-        """Name the commands that help shows."""
-        return [name for name, entry in _COMMANDS.items() if not entry.is_hidden]
-
-    @override
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Import a command."""
-        entry = _COMMANDS.get(cmd_name)
-        if entry is None:
-            return None
-        command = getattr(importlib.import_module(f"cfs.cli.{entry.module}"), entry.name)
-        assert isinstance(command, click.Command)
-        return command
-
-    @override
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, _COMMANDS[name].help) for name in self.list_commands(ctx)])
-
-    @override
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, once the options were counted."""
-        check_repetitions(self, ctx, args)
-        return super().parse_args(ctx, args)
-
-
-@click.group(
-    cls=_LazyGroup, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.group(cls=LazyGroup, entries=_COMMANDS, no_args_is_help=False)
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.option("--repo", metavar="PATH", help="Store to use.")
 @click.option("--user", is_flag=True, help="Use the store of the user.")
@@ -133,23 +91,6 @@ def cfsctl(
         require_verity=require_verity,
         upgrade=not no_upgrade,
     )
-
-
-@click.command(add_help_option=False)
-@click.argument("command", nargs=-1)
-@click.pass_context
-def show_help(ctx: click.Context, /, command: tuple[str, ...]) -> None:
-    """Print help, of a command if one is named."""
-    group = ctx.parent
-    assert group is not None
-    if not command:
-        click.echo(cfsctl.get_help(group))
-        return
-    found = cfsctl.get_command(group, command[0])
-    if found is None or len(command) > 1:
-        msg = f"no such command {' '.join(command)!r}"
-        raise click.UsageError(msg, group)
-    click.echo(found.get_help(click.Context(found, group, command[0])))
 
 
 _OPAQUE = {"ignore_unknown_options": True, "allow_interspersed_args": False}
