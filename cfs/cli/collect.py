@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cfs.repository.fsck import Report
     from cfs.repository.gc import Collection
 
-__all__ = ["fsck", "gc"]
+__all__ = ["ended_by_interrupt", "fsck", "gc", "print_report"]
 
 
 @click.command(cls=StrictCommand)
@@ -96,19 +96,19 @@ def fsck(ctx: click.Context, /, is_json: bool, metadata_only: bool) -> None:
     """Check the store."""
     from cfs.repository.fsck import check
 
-    with open_store(ctx) as repository, _ended_by_interrupt():
+    with open_store(ctx) as repository, ended_by_interrupt():
         report = check(repository, metadata_only=metadata_only)
     if is_json:
         print_json(report.as_dict())
         return
-    _print_report(report)
+    print_report(report)
     if not report.is_ok:
         msg = "repository integrity check failed"
         raise IntegrityError(msg)
 
 
 @contextmanager
-def _ended_by_interrupt() -> Iterator[None]:
+def ended_by_interrupt() -> Iterator[None]:
     """Let Ctrl-C end the process at once.
 
     The threads that digest hear of no exception, and a sparse object keeps them busy for days.
@@ -125,7 +125,8 @@ def _ended_by_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _print_report(report: "Report") -> None:
+def print_report(report: "Report") -> None:
+    """Print what a check of a store has found (spec cli-and-varlink a.10)."""
     is_sound = not any(error.startswith("fsck: metadata-") for error in report.errors)
     click.echo(f"meta.json: {'ok' if is_sound else 'error'}")
     for category, checked, corrupted in (

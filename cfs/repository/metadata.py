@@ -5,12 +5,20 @@ Nothing here touches the file system; any thread may call.
 """
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from cfs.digest import Algorithm
 from cfs.errors import FormatError, InvalidRequestError, UnsupportedError
+from cfs.repository.strict_json import (
+    load_json,
+    parse_fields,
+    parse_integer,
+    parse_list,
+    parse_string,
+    parse_strings,
+)
 
 __all__ = ["Formats", "Metadata", "format_algorithm", "parse_algorithm"]
 
@@ -133,20 +141,15 @@ class Metadata:
         Raises:
             FormatError: it is no JSON, or a known key is missing, twice or of another type.
         """
-        top = _fields(_load(data), "top", _KEYS)
-        features = _fields(top.get("features", _Object()), "features", _FEATURES)
-        algorithm = top.get("algorithm")
-        if not isinstance(algorithm, str):
-            msg = f"meta.json: algorithm: expected a string, found {algorithm!r:.40}"
-            raise FormatError(msg)
-        stored = None
-        if "erofs_formats" in top:
-            stored = _parse_formats(
-                _fields(top["erofs_formats"], "erofs_formats", ("default", "extra"))
-            )
+        where = "meta.json"
+        top = parse_fields(load_json(data, where), where, _KEYS)
+        features = {}
+        if "features" in top:
+            features = parse_fields(top["features"], f"{where}: features", _FEATURES)
+        stored = _parse_formats(top["erofs_formats"]) if "erofs_formats" in top else None
         return cls(
-            version=_integer(top, "version", range(_MAX_VERSION + 1)),
-            algorithm=parse_algorithm(algorithm),
+            version=parse_integer(top, "version", where, range(_MAX_VERSION + 1)),
+            algorithm=parse_algorithm(parse_string(top, "algorithm", where)),
             compatible=_strings(features, "compatible"),
             read_only_compatible=_strings(features, "read-only-compatible"),
             incompatible=_strings(features, "incompatible"),
@@ -172,61 +175,13 @@ class Metadata:
         return (json.dumps(top, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs: a key may be twice, which is an error if it is known."""
-
-
-def _load(data: bytes) -> object:
-    try:
-        return json.loads(data.decode(), object_pairs_hook=_Object, parse_constant=_refuse_constant)
-    # ValueError: syntax, encoding or a number of thousands of digits
-    except (ValueError, RecursionError) as error:
-        reason = str(error) or "nested too deep"
-        msg = f"meta.json is no JSON: {reason[:1].lower()}{reason[1:]}"
-        raise FormatError(msg) from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    msg = f"{name} is no number of JSON"
-    raise ValueError(msg)
-
-
-def _fields(value: object, name: str, known: Sequence[str]) -> Mapping[str, Any]:
-    """Return the known keys of an object."""
-    if not isinstance(value, _Object):
-        msg = f"meta.json: {name}: expected an object, found {value!r:.40}"
-        raise FormatError(msg)
-    fields: dict[str, Any] = {}
-    for key, field in value:
-        if key in fields:
-            msg = f"meta.json: {name}: {key} is there twice"
-            raise FormatError(msg)
-        if key in known:
-            fields[key] = field
-    return fields
-
-
-def _integer(fields: Mapping[str, Any], key: str, values: Container[int]) -> int:
-    value = fields.get(key)
-    if type(value) is not int or value not in values:  # True is an int, too
-        found = repr(value)[:40] if key in fields else "nothing"
-        msg = f"meta.json: {key}: found {found}, expected one of {values}"
-        raise FormatError(msg)
-    return value
-
-
 def _strings(fields: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = fields.get(key, [])
-    if type(value) is not list or not all(isinstance(item, str) for item in value):
-        msg = f"meta.json: {key}: expected a list of strings, found {value!r:.40}"
-        raise FormatError(msg)
-    return tuple(value)
+    return parse_strings(fields, key, "meta.json: features") if key in fields else ()
 
 
-def _parse_formats(fields: Mapping[str, Any]) -> Formats:
-    extra = fields.get("extra", [])
-    if type(extra) is not list:
-        msg = f"meta.json: extra: expected a list, found {extra!r:.40}"
-        raise FormatError(msg)
-    versions = {_integer({"extra": item}, "extra", _FORMATS) for item in extra}
-    return Formats(_integer(fields, "default", _FORMATS), tuple(sorted(versions)))
+def _parse_formats(value: object) -> Formats:
+    where = "meta.json: erofs_formats"
+    fields = parse_fields(value, where, ("default", "extra"))
+    extra = parse_list(fields, "extra", where) if "extra" in fields else []
+    versions = {parse_integer({"extra": item}, "extra", where, _FORMATS) for item in extra}
+    return Formats(parse_integer(fields, "default", where, _FORMATS), tuple(sorted(versions)))

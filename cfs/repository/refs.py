@@ -28,6 +28,7 @@ __all__ = [
     "entries",
     "object_of_target",
     "read_link",
+    "remove_link",
     "resolve_image",
     "set_link",
     "walk_refs",
@@ -176,6 +177,30 @@ def _replace_link(repository_fd: int, directory: int, name: bytes, text: bytes) 
     raise ConflictError(msg)
 
 
+def remove_link(repository_fd: int, path: bytes) -> None:
+    """Remove a symbolic link.
+
+    Args:
+        repository_fd: the store.
+        path: of the link, from the store.
+
+    Raises:
+        ConflictError: something else than a link has the name.
+        OSError: as openat2(2) and unlink(2), ``ENOENT`` for instance.
+    """
+    parent, _, name = path.rpartition(b"/")
+    with naming(path):
+        directory = openat2(repository_fd, parent, _DIRECTORY_FLAGS)
+        try:
+            found = _look_at(directory, name)
+            if found is not None and found.target is None:
+                msg = f"{os.fsdecode(path)}: expected a symbolic link, found something else"
+                raise ConflictError(msg)
+            os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+
 def entries(repository_fd: int, category: str) -> Iterator[Entry]:
     """Yield what is directly in ``images`` or ``streams``, without ``refs``; sorted by name.
 
@@ -187,15 +212,20 @@ def entries(repository_fd: int, category: str) -> Iterator[Entry]:
             yield entry
 
 
-def walk_refs(repository_fd: int, category: str) -> Iterator[Entry]:
+def walk_refs(repository_fd: int, category: str, below: bytes = b"") -> Iterator[Entry]:
     """Yield everything but directories below ``refs`` of a category, sorted by name.
+
+    Args:
+        repository_fd: the store.
+        category: ``images`` or ``streams``.
+        below: only what is in this directory, with a slash at its end; names hold it.
 
     Raises:
         OSError: reading a directory failed; if it is missing, it is empty.
     """
     top = category.encode() + b"/" + REFS
     found = []
-    waiting = [b""]
+    waiting = [below]
     while waiting:
         parent = waiting.pop()
         for entry in _list(repository_fd, top + b"/" + parent):

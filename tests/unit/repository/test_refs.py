@@ -14,6 +14,7 @@ from cfs.repository.refs import (
     entries,
     object_of_target,
     read_link,
+    remove_link,
     resolve_image,
     set_link,
     walk_refs,
@@ -224,3 +225,28 @@ def test_dangling_and_foreign_names_are_not_found(store: int) -> None:
     for name in names:
         with pytest.raises(NotFoundError):
             resolve_image(repository, name)
+
+
+def test_refs_below_a_directory(store: int) -> None:
+    for name in (b"a", b"b/x", b"b/c/y", b"bx"):
+        set_link(store, b"streams/refs/" + name, OBJECT)
+    assert [ref.name for ref in walk_refs(store, "streams", b"b/")] == [b"b/c/y", b"b/x"]
+    assert list(walk_refs(store, "streams", b"missing/")) == []
+
+
+def test_only_links_are_removed(store: int, tmp_path: Path) -> None:
+    set_link(store, b"streams/refs/a", OBJECT)
+    remove_link(store, b"streams/refs/a")
+    assert list(walk_refs(store, "streams")) == []
+    for missing in (b"streams/refs/a", b"streams/refs/b/c", b"images/refs/a"):
+        with pytest.raises(FileNotFoundError) as caught:
+            remove_link(store, missing)
+        assert os.fsencode(caught.value.filename) == missing
+    (tmp_path / "streams" / "refs" / "directory").mkdir()
+    (tmp_path / "streams" / "refs" / "file").write_text("x")
+    (tmp_path / "streams" / "elsewhere").symlink_to("refs")
+    for other in (b"directory", b"file"):
+        with pytest.raises(ConflictError, match="expected a symbolic link"):
+            remove_link(store, b"streams/refs/" + other)
+    with pytest.raises(OSError, match="symbolic links"):
+        remove_link(store, b"streams/elsewhere/file")
