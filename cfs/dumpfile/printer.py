@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "format_backing_path",
     "format_file",
+    "format_inode",
+    "format_link",
     "format_listing",
     "format_tree",
     "format_vector",
@@ -162,7 +164,7 @@ def format_file(vector: "InodeVector", path: bytes) -> Iterator[bytes]:
             below = [(prefix + name, child) for name, child in vector.entries(ino)]
             stack.extend(reversed(below))
         elif first_names.setdefault(ino, path) is not path:
-            yield _format_link(escape(path), escape(first_names[ino]))
+            yield format_link(escape(path), escape(first_names[ino]))
             continue
         yield _format_row(vector, ino, escape(path))
 
@@ -218,7 +220,8 @@ def _format_row(vector: "InodeVector", ino: "Ino", path: bytes) -> bytes:
     return line + _format_xattrs(xattrs) + b"\n"
 
 
-def _format_link(path: bytes, first_name: bytes) -> bytes:
+def format_link(path: bytes, first_name: bytes) -> bytes:
+    """Return the line of a further name of a leaf; both paths are escaped."""
     return b"%s 0 @120000 - - - - 0.0 %s - -\n" % (path, first_name)
 
 
@@ -238,16 +241,17 @@ def format_tree(root: Directory) -> Iterator[bytes]:
         inode, path = inode_of(child), escape(raw_path)
         if isinstance(inode, Directory):
             subdirectories = sum(isinstance(entry, Directory) for entry in inode.children.values())
-            yield _format_inode(path, inode, 2 + subdirectories)
+            yield format_inode(path, inode, 2 + subdirectories)
             continue
         first_name = first_names.setdefault(id(inode), path)
         if first_name is path:
-            yield _format_inode(path, inode, names[id(inode)])
+            yield format_inode(path, inode, names[id(inode)])
         else:
-            yield _format_link(path, first_name)
+            yield format_link(path, first_name)
 
 
-def _format_inode(path: bytes, inode: Inode, nlink: int) -> bytes:
+def format_inode(path: bytes, inode: Inode, nlink: int) -> bytes:
+    """Return the line of an inode whose path is escaped, in the form of :func:`format_tree`."""
     payload, content, digest = None, None, b"-"
     size = inode.size if isinstance(inode, Regular) else 0
     if isinstance(inode, Symlink):

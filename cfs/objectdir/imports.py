@@ -36,7 +36,7 @@ class Importer:
         self._unclonable: set[tuple[int, int]] = set()
 
     def take(
-        self, directory: int, fd: int, size: int, *, copy: bool
+        self, directory: int, fd: int, size: int, *, link: bool, copy: bool
     ) -> tuple[Temporary, Digest, Method]:
         """Return a file with the contents of another, or that file itself under a second name.
 
@@ -44,6 +44,7 @@ class Importer:
             directory: the directory of objects.
             fd: regular file open for reading; borrowed, its position moves.
             size: its size in bytes.
+            link: whether it may be hard linked.
             copy: whether it may be copied.
 
         Raises:
@@ -55,14 +56,15 @@ class Importer:
         with discarding(Temporary.create(directory)) as temporary:
             if self._clone(fd, temporary):
                 return temporary, self._digest(temporary, size), Method.REFLINKED
-            try:
-                linked, digest = self._link(directory, fd, size)
-            except (OSError, UnsupportedError):
-                if not copy:
-                    raise
-            else:
-                temporary.discard()
-                return linked, digest, Method.HARDLINKED
+            if link:
+                try:
+                    linked, digest = self._link(directory, fd, size)
+                except (OSError, UnsupportedError):
+                    if not copy:
+                        raise
+                else:
+                    temporary.discard()
+                    return linked, digest, Method.HARDLINKED
             copy_contents(fd, temporary.fd, size)
             return temporary, self._digest(temporary, size), Method.COPIED
 

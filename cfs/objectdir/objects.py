@@ -14,7 +14,7 @@ from typing import Self
 
 from cfs.digest import Algorithm, Digest
 from cfs.errors import IntegrityError, NotFoundError
-from cfs.fsverity import compute_digest
+from cfs.fsverity import compute_digest, compute_file_digest
 from cfs.linux.files import copy_contents, naming
 from cfs.objectdir.imports import Importer, Method, digest_of
 from cfs.objectdir.pending import Pending
@@ -135,12 +135,27 @@ class ObjectDirectory:
                 _check_digest(digest, found, size)
         return self._pending.add(digest, temporary)
 
-    def put_contents(self, contents: Contents, digest: Digest) -> bool:
+    def put_contents(self, contents: Contents, digest: Digest, *, thorough: bool = False) -> bool:
         """Store bytes that have a known digest, unless they are there; tell whether they were new.
 
         As :meth:`put`, without another look at the contents.
+
+        Args:
+            contents: the bytes.
+            digest: of the bytes.
+            thorough: read what is there, if the kernel cannot tell its digest.
         """
-        return self._put_contents(contents, digest, thorough=False)
+        size = len(contents)
+        directory = self._ensure_fd()
+        with naming(digest.object_path):
+            if self._is_present(digest, size, thorough=thorough):
+                return False
+            with discarding(Temporary.create(directory)) as temporary:
+                temporary.write(contents)
+                measured = seal(temporary, self.verity, self.algorithm)
+                if measured:
+                    _check_digest(digest, measured, size)
+        return self._pending.add(digest, temporary)
 
     def put_bytes(self, data: Contents) -> Digest:
         """Store bytes, unless they are there: images, streams, JSON documents.
@@ -152,7 +167,7 @@ class ObjectDirectory:
             OSError: writing failed, ``ENOSPC`` for instance.
         """
         digest = compute_digest(data, self.algorithm)
-        self._put_contents(data, digest, thorough=True)
+        self.put_contents(data, digest, thorough=True)
         return digest
 
     def create(self) -> ObjectWriter:
@@ -160,7 +175,13 @@ class ObjectDirectory:
         return ObjectWriter(self)
 
     def import_file(
-        self, fd: int, size: int, *, digest: Digest | None = None, copy: bool = True
+        self,
+        fd: int,
+        size: int,
+        *,
+        digest: Digest | None = None,
+        link: bool = True,
+        copy: bool = True,
     ) -> tuple[Digest, Method]:
         """Make an object of a file: as reflink, else as hard link, else as copy.
 
@@ -171,6 +192,7 @@ class ObjectDirectory:
             fd: regular file open for reading; borrowed, its position moves.
             size: its size in bytes.
             digest: its digest if that is known; an object of this name and size is taken for it.
+            link: whether it may be hard linked: not if others could still write to it.
             copy: whether it may be copied.
 
         Raises:
@@ -182,7 +204,7 @@ class ObjectDirectory:
         directory = self._ensure_fd()
         if digest and self._is_present(digest, size):
             return digest, Method.PRESENT
-        temporary, found, method = self._importer.take(directory, fd, size, copy=copy)
+        temporary, found, method = self._importer.take(directory, fd, size, link=link, copy=copy)
         with discarding(temporary):
             if digest:
                 _check_digest(digest, found, size)
@@ -214,6 +236,23 @@ class ObjectDirectory:
             return False
         os.close(fd)
         return True
+
+    def is_sound(self, digest: Digest) -> bool:
+        """Whether an object is there and is what its name says; read if the kernel cannot tell.
+
+        Raises:
+            OSError: it cannot be opened or read.
+        """
+        try:
+            fd = self.open_object(digest)
+        except (NotFoundError, IntegrityError):
+            return False
+        try:
+            size = os.fstat(fd).st_size
+            measured = check_object(fd, digest, Verity.TRY)
+            return (measured or compute_file_digest(fd, size, digest.algorithm)) == digest
+        finally:
+            os.close(fd)
 
     def open_object(self, digest: Digest) -> int:
         """Return a read-only descriptor of an object.
@@ -255,19 +294,6 @@ class ObjectDirectory:
         """Whether an object that got its name meanwhile is the right one."""
         return is_good(fan_out, rest, digest, size, self.verity, thorough=True)
 
-    def _put_contents(self, contents: Contents, digest: Digest, *, thorough: bool) -> bool:
-        size = len(contents)
-        directory = self._ensure_fd()
-        with naming(digest.object_path):
-            if self._is_present(digest, size, thorough=thorough):
-                return False
-            with discarding(Temporary.create(directory)) as temporary:
-                temporary.write(contents)
-                measured = seal(temporary, self.verity, self.algorithm)
-                if measured:
-                    _check_digest(digest, measured, size)
-        return self._pending.add(digest, temporary)
-
     def create_temporary(self) -> Temporary:
         """Return an empty file for :meth:`adopt`.
 
@@ -276,8 +302,15 @@ class ObjectDirectory:
         """
         return Temporary.create(self._ensure_fd())
 
-    def adopt(self, temporary: Temporary, size: int) -> tuple[Digest, bool]:
+    def adopt(
+        self, temporary: Temporary, size: int, *, thorough: bool = False
+    ) -> tuple[Digest, bool]:
         """Take over a file that is complete; return its digest, and whether it was new.
+
+        Args:
+            temporary: the file.
+            size: its size in bytes.
+            thorough: as for :meth:`put_contents`.
 
         Raises:
             UnsupportedError: fs-verity is required, and kernel or file system lack it.
@@ -285,7 +318,7 @@ class ObjectDirectory:
         """
         with discarding(temporary):
             digest = digest_of(temporary, size, self.algorithm, self.verity)
-            is_present = self._is_present(digest, size)
+            is_present = self._is_present(digest, size, thorough=thorough)
         if is_present:
             temporary.discard()
             return digest, False

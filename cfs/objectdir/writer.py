@@ -17,9 +17,9 @@ class _Objects(Protocol):
 
     algorithm: Algorithm
 
-    def put_contents(self, contents: Contents, digest: Digest) -> bool: ...
+    def put_contents(self, contents: Contents, digest: Digest, *, thorough: bool) -> bool: ...
     def create_temporary(self) -> Temporary: ...
-    def adopt(self, temporary: Temporary, size: int) -> tuple[Digest, bool]: ...
+    def adopt(self, temporary: Temporary, size: int, *, thorough: bool) -> tuple[Digest, bool]: ...
 
 
 class ObjectWriter:
@@ -58,8 +58,11 @@ class ObjectWriter:
             self._buffer = bytearray()
         self._temporary.write(data)
 
-    def commit(self) -> tuple[Digest, bool]:
+    def commit(self, *, thorough: bool = False) -> tuple[Digest, bool]:
         """Finish the object; return its digest, and whether it was new.
+
+        Args:
+            thorough: read what is there, if the kernel cannot tell its digest.
 
         Raises:
             UnsupportedError: fs-verity is required, and kernel or file system lack it.
@@ -67,6 +70,7 @@ class ObjectWriter:
         """
         temporary, self._temporary = self._temporary, None
         if temporary:
-            return self._objects.adopt(temporary, self._size)
+            return self._objects.adopt(temporary, self._size, thorough=thorough)
         digest = compute_digest(self._buffer, self._objects.algorithm)
-        return digest, self._objects.put_contents(self._buffer, digest)
+        is_new = self._objects.put_contents(self._buffer, digest, thorough=thorough)
+        return digest, is_new
