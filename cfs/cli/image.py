@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
+from cfs.cli.conversion import DEFAULT_XATTRS, bootable_option, xattrs_option
 from cfs.cli.store import open_store, store_path
 from cfs.cli.strict import GlobalOptions, StrictCommand, find_global_options
 from cfs.digest import Algorithm
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["compute_id", "compute_karg", "create_dumpfile", "create_image"]
 
 _DEFAULT_VERSION = 1  # whatever the store says (spec repository 7)
-_FORMAT_2 = 2
-_XATTR_MODES = ("allowlist-only", "keep-user-xattrs")
 _C = TypeVar("_C", bound=click.Command)
 
 
@@ -46,17 +45,7 @@ class _Conversion(NamedTuple):
 
 def _add_conversion(command: _C) -> _C:
     """Give a command the options that say what to do to the tree."""
-    command.params += [
-        click.Option(["--bootable"], is_flag=True, help="Convert for booting."),
-        _KEEP_ROOT,
-        click.Option(
-            ["--xattrs"],
-            type=click.Choice(_XATTR_MODES),
-            default=_XATTR_MODES[0],
-            show_default=True,
-            help="Which xattrs the OCI conversion keeps.",
-        ),
-    ]
+    command.params += [bootable_option(), _KEEP_ROOT, xattrs_option()]
     return command
 
 
@@ -129,13 +118,12 @@ def compute_id(
 @click.pass_context
 def compute_karg(ctx: click.Context, /, path: str, keep_root: bool) -> None:
     """Print the kernel argument that boots the directory PATH."""
+    from cfs.repository.boot_argument import format_argument
+
     options = find_global_options(ctx)
-    digest = _compute_id(options, path, _Conversion(True, not keep_root, _XATTR_MODES[0]))
-    mark = "?" if options.insecure else ""
-    if options.erofs_version == _FORMAT_2:
-        click.echo(f"composefs={mark}{digest}")
-    else:
-        click.echo(f"composefs.digest={mark}v1-{digest.algorithm.name.lower()}-12:{digest}")
+    digest = _compute_id(options, path, _Conversion(True, not keep_root, DEFAULT_XATTRS))
+    version = _DEFAULT_VERSION if options.erofs_version is None else options.erofs_version
+    click.echo(format_argument(digest, version, is_secure=not options.insecure))
 
 
 @_add_conversion

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cfs.digest import Digest
 from cfs.errors import FormatError, InvalidRequestError, UnsupportedError
 from cfs.fsverity import measure
+from cfs.repository.metadata import Formats
 from cfs.repository.mounted import PREFIX, is_reserved
 from cfs.repository.refs import IMAGES, REFS, check_name, resolve_image, set_link, walk_refs
 from cfs.repository.repository import Repository
@@ -22,6 +23,7 @@ __all__ = [
     "NamedImage",
     "check_image_name",
     "commit_image",
+    "commit_images",
     "image_objects",
     "import_image",
     "list_images",
@@ -59,22 +61,40 @@ def commit_image(repository: Repository, root: Directory, name: str | None = Non
         FormatError: the tree has no form in one of the formats, or none that can be read.
         OSError: the store cannot be written to.
     """
+    return commit_images(repository, root, name=name)[repository.formats.default]
+
+
+def commit_images(
+    repository: Repository,
+    root: Directory,
+    *,
+    formats: Formats | None = None,
+    name: str | None = None,
+) -> dict[int, Digest]:
+    """Write a tree as an image in several formats; return the digests, the default first.
+
+    Args:
+        repository: as for :func:`commit_image`, and so are the errors.
+        root: the tree.
+        formats: in place of those of the store.
+        name: for the image in the default format.
+    """
     from cfs.erofs import View, parse_image  # noqa: PLC0415 - listing does without numpy
     from cfs.erofs.writer import Rules, write_image  # noqa: PLC0415
 
     path = None if name is None else check_image_name(name)
     repository.check_writable()
     _check_whiteouts(root)
-    formats = repository.formats
+    formats = formats or repository.formats
     versions = [formats.default, *sorted(set(formats.extra) - {formats.default})]
-    digests = []
+    digests = {}
     for version in versions:
         data = write_image(root, min_version=version, max_version=version, rules=Rules.RUST)
         # composefs-rs writes a few that nothing can read, and we write what it writes
         parse_image(data, f"image of format {version}", view=View.RAW)
-        digests.append(repository.objects.put_bytes(data))
-    _link(repository, digests, path)
-    return digests[0]
+        digests[version] = repository.objects.put_bytes(data)
+    _link(repository, list(digests.values()), path)
+    return digests
 
 
 def import_image(repository: Repository, data: bytes, name: str) -> Digest:

@@ -6,20 +6,23 @@ from its making until it is closed.
 """
 
 import errno
+import fcntl
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Self
 
 from cfs.digest import Algorithm
 from cfs.errors import CfsError, FormatError, InvalidRequestError, NotFoundError, UnsupportedError
+from cfs.linux.files import naming
 from cfs.objectdir import ObjectDirectory, Verity
 from cfs.repository.creation import InitResult, Outcome, init
 from cfs.repository.locks import LockedDirectory
 from cfs.repository.metadata import Formats, Metadata, format_algorithm
 from cfs.repository.metafile import read_metadata
 from cfs.repository.oldstores import convert, infer_algorithm
+from cfs.repository.refs import STREAMS, ensure_directory
 
 __all__ = [
     "InitResult",
@@ -155,6 +158,28 @@ class Repository:
         See :meth:`cfs.repository.locks.LockedDirectory.exclusive`.
         """
         return self._directory.exclusive(wait=wait, on_wait=on_wait)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Keep other such blocks out, those of other threads and processes.
+
+        For what is read, changed and written again under the same name, where another one's change
+        would be lost.  Blocks do not nest and are short; composefs-rs knows nothing of them.
+
+        Raises:
+            OSError: as mkdir(2), open(2) and flock(2) on the directory of streams.
+        """
+        with naming(STREAMS):
+            directory = ensure_directory(self.fd, [STREAMS.encode()])
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                # a child of another thread may have inherited the descriptor
+                fcntl.flock(directory, fcntl.LOCK_UN)
+        finally:
+            os.close(directory)
 
     def close(self) -> None:
         """Discard what was not flushed; the lock goes with the last use in this process."""

@@ -131,7 +131,8 @@ class SplitStreamWriter:
             self._compressed.seek(0)
             while data := self._compressed.read(COPY_SIZE):
                 writer.write(data)
-            return writer.commit()[0]
+            # others find what is in it: one that is damaged must not stay
+            return writer.commit(thorough=True)[0]
 
     def _encode_named_refs(self) -> bytes:
         compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
