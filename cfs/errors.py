@@ -10,6 +10,7 @@
      +-- ConflictError          exists already, with other settings
      +-- InvalidRequestError    the caller's arguments contradict each other
      +-- BusyError              in use by somebody else
+     +-- SourceError            who should give us an image does not
      +-- MountError             the kernel or fusermount3 refused to mount
 
 Every class carries the errno that a FUSE reply would use for it.  ``OSError`` passes
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidRequestError",
     "MountError",
     "NotFoundError",
+    "SourceError",
     "UnsupportedError",
 ]
 
@@ -77,6 +79,12 @@ class BusyError(CfsError):
     """Somebody else uses it, and nobody wants to wait."""
 
     errno = errno.EBUSY
+
+
+class SourceError(CfsError):
+    """A registry, or the program that talks to it, does not give what it was asked for."""
+
+    errno = errno.EIO
 
 
 class MountError(CfsError):
