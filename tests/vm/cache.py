@@ -11,7 +11,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cfs-
 
 
 class Unavailable(Exception):  # noqa: N818 - no error: a reason to skip
-    """What this machine lacks to run a virtual machine."""
+    """What this machine lacks to make something that tests need."""
 
 
 def made_once(target: Path, make: Callable[[Path], None]) -> Path:

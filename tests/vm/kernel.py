@@ -49,12 +49,12 @@ def _fetch(target: Path) -> None:
         raise Unavailable("no apt to fetch a kernel with")
     complaints = []
     for suite in SUITES:
-        for site in _debian_sites():
+        for site in debian_sites():
             with tempfile.TemporaryDirectory(prefix="cfs-apt-") as scratch:
                 try:
                     package = _download(Path(scratch), site, suite)
                 except subprocess.CalledProcessError as error:
-                    complaints.append(f"{suite}: {_last_line(error.stderr)}")
+                    complaints.append(f"{suite}: {last_line(error.stderr)}")
                     continue
                 root = Path(scratch) / "root"
                 subprocess.run(["dpkg-deb", "-x", package, root], check=True, timeout=_SECONDS)
@@ -63,11 +63,18 @@ def _fetch(target: Path) -> None:
     raise Unavailable(f"cannot fetch {PACKAGE}: {'; '.join(complaints) or 'no Debian sources'}")
 
 
-def _last_line(text: str) -> str:
+def source_line(site: str, suite: str) -> str:
+    """Return the line of a ``sources.list``."""
+    keyrings = [path for name in _KEYRINGS if (path := Path("/usr/share/keyrings", name)).exists()]
+    signed = f"[signed-by={keyrings[0]}] " if keyrings else ""
+    return f"deb {signed}{site} {suite} main"
+
+
+def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def _debian_sites() -> list[str]:
+def debian_sites() -> list[str]:
     """Where this machine's apt gets Debian from."""
     form = "$(SITE) $(RELEASE) $(COMPONENT)"
     command = ["apt-get", "indextargets", "--format", form, "Created-By: Packages"]
@@ -84,9 +91,7 @@ def _download(scratch: Path, site: str, suite: str) -> Path:
     for name in ("lists/partial", "archives/partial"):
         (scratch / name).mkdir(parents=True)
     (scratch / "status").touch()
-    keyrings = [path for name in _KEYRINGS if (path := Path("/usr/share/keyrings", name)).exists()]
-    signed = f"[signed-by={keyrings[0]}] " if keyrings else ""
-    (scratch / "sources.list").write_text(f"deb {signed}{site} {suite} main\n")
+    (scratch / "sources.list").write_text(f"{source_line(site, suite)}\n")
     settings = {
         "Dir::State": scratch,
         "Dir::State::lists": scratch / "lists",
