@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from cfs.cli.cfsctl import run as run_cfsctl
 from tests.paths import CHECKOUT, DATA
 
 Case = dict[str, Any]
@@ -67,6 +70,27 @@ def run(
     )
 
 
+def run_here(
+    capture: pytest.CaptureFixture[bytes], *words: str | Path, stdin: str | Path = os.devnull
+) -> Done:
+    """Run ``cfsctl`` in this process, for tables of many lines.
+
+    Args:
+        capture: pytest's ``capfdbinary``.
+        words: what stands behind the name of the command.
+        stdin: file that is read.
+    """
+    line = [str(word) for word in words]
+    before = sys.stdin
+    with open(stdin) as file:
+        sys.stdin = file
+        try:
+            status = run_cfsctl(line)
+        finally:
+            sys.stdin = before
+    return Done(line, status, *capture.readouterr())
+
+
 def run_shell(script: str, cwd: Path, **more: str) -> Done:
     return subprocess.run(
         ["/bin/sh", "-c", script],
@@ -100,12 +124,17 @@ def unpack_layer(layer: Path, directory: Path) -> None:
 
 def run_case(case: Case, work: Path, **more: str) -> Done:
     """Run a recorded line in its directory, with what prepares it."""
-    if prepare := case.get("prepare"):
-        done = run_shell(prepare, work, **more)
-        assert done.returncode == 0, done.stderr
+    prepare_case(case, work, **more)
     stdin = (work / case["stdin"]).read_bytes() if "stdin" in case else b""
     name, *arguments = case["argv"]
     return run(name.removeprefix("C "), *arguments, cwd=work, stdin=stdin, **more)
+
+
+def prepare_case(case: Case, work: Path, **more: str) -> None:
+    """Run what prepares a recorded line, if anything does."""
+    if "prepare" in case:
+        done = run_shell(case["prepare"], work, **more)
+        assert done.returncode == 0, done.stderr
 
 
 def check_case(case: Case, done: Done) -> None:

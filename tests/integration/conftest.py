@@ -19,10 +19,14 @@ import pytest
 from cfs.fuse import Mount, ServeOptions, serve
 from cfs.inodes import InodeVector
 from cfs.linux.mounts import detach_mount
+from tests.command_line import Done, run_here
+from tests.oci_layouts import unpack_layouts
 from tests.vm.cache import Unavailable
 from tests.vm.machine import prepare
 
 Serve = Callable[..., Mount]
+Rust = Callable[..., subprocess.CompletedProcess[bytes]]
+_RUST_SECONDS = 60
 
 # a shell lets its background jobs ignore SIGINT, and all that we start would inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -136,3 +140,49 @@ def served(mnt: Path, objects: Path, workers: int | None) -> Iterator[Serve]:
             return stack.enter_context(serve(vector, mnt, [objects], name="test", options=options))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def rust_words() -> list[str]:
+    name = os.environ.get("CFS_RUST_CFSCTL")
+    if not name:
+        pytest.skip("CFS_RUST_CFSCTL does not name the cfsctl of composefs-rs")
+    return [name]
+
+
+@pytest.fixture
+def rust(rust_words: list[str], tmp_path: Path) -> Rust:
+    """Run composefs-rs."""
+    variables = {key: value for key, value in os.environ.items() if key != "RUST_BACKTRACE"}
+
+    def run_rust(*words: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [*rust_words, *words],
+            cwd=tmp_path,
+            env=variables,
+            input=stdin,
+            capture_output=True,
+            check=False,
+            timeout=_RUST_SECONDS,
+        )
+
+    return run_rust
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden layouts of ``tests/data/oci``."""
+    return unpack_layouts(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture
+def cfs(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Done]:
+    """``cfsctl`` on a new store, in this process."""
+
+    def run_cfs(*words: str | Path) -> Done:
+        done = run_here(capfdbinary, "--repo", tmp_path / "store", *words)
+        assert b"Traceback" not in done.stderr
+        return done
+
+    assert run_cfs("init", "--insecure").returncode == 0
+    return run_cfs

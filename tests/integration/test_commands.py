@@ -38,7 +38,7 @@ OTHER_WORDS = {
     "C mount.composefs: unknown flag",
 }
 NO_STORE = {"--no-repo", "--no-propagate-usr-to-root"}
-LATER = {"oci", "varlink"}
+LATER = {"varlink"}
 ROOT_LINE = "/ 4096 40755 2 0 0 0 1700000000.0 - - -\n"
 
 

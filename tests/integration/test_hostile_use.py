@@ -7,13 +7,18 @@ import signal
 import stat
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import Done, command, environment, run
+from tests.command_line import Done, command, environment, run, run_here
 from tests.integration.waiting import wait_until
+from tests.oci_layouts import Layout, digest_of, make_tar
 
+FILES = make_tar({"usr": None, "usr/file": b"of a layer\n" * 1000})
+LAYER = digest_of(FILES)
+TAG = "a/b\n:1"
 ONE_LINE = re.compile(rb"Error: [^\n]+\n")
 WORDS = [
     ["images"],
@@ -26,6 +31,10 @@ WORDS = [
     ["compute-karg", "--no-propagate-usr-to-root", "tree"],
     ["create-image", "tree", "two"],
     ["cat", "stream"],
+    ["oci", "images"],
+    ["oci", "layer", LAYER],
+    ["oci", "pull", "oci:layout:v1", TAG],
+    ["oci", "fsck"],
 ]
 BAD_NAMES: list[str | bytes] = [
     *("", ".", "..", "../x", "a/../b", "/a", "a//b", "./a", "a/", "one/below", "mounted/x"),
@@ -36,14 +45,18 @@ BAD_NAMES: list[str | bytes] = [
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """A store with one image, called ``one``, of the directory ``tree`` beside it."""
+def store(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> Path:
+    """A store with the image ``one`` of the directory ``tree`` and an OCI image of ``layout``."""
     for name in ("usr", "boot", "sysroot"):
         (tmp_path / "tree" / name).mkdir(parents=True)
     (tmp_path / "tree/usr/file").write_bytes(os.urandom(5000))
     path = tmp_path / "store"
-    for words in (["init", "--insecure"], ["create-image", "tree", "one"]):
-        done = use(path, *words)
+    layout = Layout(tmp_path / "layout")
+    layout.add_image("v1", [FILES])
+    pull = ["oci", "pull", f"oci:{layout.path}:v1", TAG]
+    create = ["create-image", str(tmp_path / "tree"), "one"]
+    for words in (["init", "--insecure"], create, pull):
+        done = run_here(capfdbinary, "--repo", path, *words)
         assert done.returncode == 0, done.stderr
     return path
 
@@ -191,3 +204,47 @@ def test_an_interrupt_leaves_nothing(words: list[str], store: Path) -> None:
     assert process.returncode in (0, 130)
     assert (stdout, stderr.strip()) == (b"", b"")
     assert content(store) == before
+
+
+def test_tags_keep_their_line(store: Path) -> None:
+    listed = use(store, "oci", "images").stdout.decode()
+    assert "│ a/b\\n:1 ┆" in listed
+    removed = use(store, "oci", "untag", TAG)
+    assert removed.stdout == b"Removed tag a/b\\n:1\n"
+    assert use(store, "oci", "images").stdout == b"No images found\n"
+
+
+def test_a_layer_is_not_written_to_a_terminal(store: Path) -> None:
+    line = [*command("cfsctl"), "--repo", str(store), "oci", "layer", LAYER]
+    ours, terminal = os.openpty()
+    try:
+        done = subprocess.run(
+            line, env=environment(), stdout=terminal, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(ours)
+        os.close(terminal)
+    assert done.returncode == 1
+    assert ONE_LINE.fullmatch(done.stderr)
+    assert b"terminal" in done.stderr
+
+
+def test_pulls_and_collections_at_the_same_time(store: Path) -> None:
+    for number in range(8):
+        Layout(store.parent / str(number)).add_image(
+            "v1", [FILES, make_tar({"usr/own": b"%d" % number * 5000})]
+        )
+    words = [["oci", "pull", "-q", f"oci:{number}:v1", f"n{number}"] for number in range(8)]
+    lines = [[*command("cfsctl"), "--repo", str(store), *w] for w in [*words, ["gc"], ["gc"]]]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(line, cwd=store.parent, env=environment(), stderr=subprocess.PIPE)
+            )
+            for line in lines
+        ]
+        for process in processes:
+            _, stderr = process.communicate(timeout=60)
+            assert process.returncode == 0
+            assert stderr == b"" or stderr.startswith(b"Waiting until nobody else uses the store")
+    assert use(store, "oci", "fsck").stdout.endswith(b"oci images: 9/9 ok\n")

@@ -21,6 +21,7 @@ import pytest
 
 from tests.command_line import Done, command, environment, run
 from tests.integration.waiting import wait_until
+from tests.paths import DATA
 
 Tool = Callable[..., Done]
 
@@ -29,32 +30,6 @@ _ALPHABET = bytes(sorted(set(range(1, 256)) - {ord("/")}))
 _FORMATS = ("0", "1", "2")
 _HASHES = ("sha256", "sha512")
 _SECONDS = 60
-
-
-@pytest.fixture(scope="module")
-def rust_words() -> list[str]:
-    name = os.environ.get("CFS_RUST_CFSCTL")
-    if not name:
-        pytest.skip("CFS_RUST_CFSCTL does not name the cfsctl of composefs-rs")
-    return [name]
-
-
-@pytest.fixture
-def rust(rust_words: list[str], tmp_path: Path) -> Tool:
-    variables = {key: value for key, value in os.environ.items() if key != "RUST_BACKTRACE"}
-
-    def run_rust(*words: str | Path, stdin: bytes = b"") -> Done:
-        return subprocess.run(
-            [*rust_words, *words],
-            cwd=tmp_path,
-            env=variables,
-            input=stdin,
-            capture_output=True,
-            check=False,
-            timeout=_SECONDS,
-        )
-
-    return run_rust
 
 
 @pytest.fixture
@@ -341,3 +316,152 @@ def test_their_collection_waits_for_ours(
         assert collector.poll() is None
     with collector:
         assert collector.wait(_SECONDS) == 0
+
+
+# --- OCI images
+
+
+@pytest.fixture
+def with_oci(rust: Tool) -> None:
+    if rust("oci", "--help").returncode:
+        pytest.skip("CFS_RUST_CFSCTL was built without OCI")
+
+
+def pull(tool: Tool, store: Path) -> None:
+    """Pull a container image, also for booting, and an artifact that refers to it."""
+    layout = store.parent / "layout"
+    if not layout.exists():
+        subprocess.run(["tar", "-xf", DATA / "cli/oci.tar"], cwd=store.parent, check=True)
+    printed(tool("--repo", store, "oci", "pull", "--bootable", f"oci:{layout}:v1", "app"))
+    printed(tool("--repo", store, "oci", "pull", f"oci:{layout}:sig", "a/sig:1"))
+
+
+@pytest.fixture(params=["ours", "rust"])
+def pulled(request: pytest.FixtureRequest, tmp_path: Path, with_oci: None) -> Path:  # noqa: ARG001
+    """A store into which either tool has pulled."""
+    tool: Tool = request.getfixturevalue(request.param)
+    printed(tool("init", "--insecure", tmp_path / "store"))
+    pull(tool, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def other(request: pytest.FixtureRequest) -> Tool:
+    """Return the tool that has not made the store."""
+    name = "ours" if request.node.callspec.params["pulled"] == "rust" else "rust"
+    tool: Tool = request.getfixturevalue(name)
+    return tool
+
+
+LAYER = "sha256:c6e78ec3b137c8eca4d59f3744b6b723e653cc5c70862df646e04a13e2c7b299"
+CONFIG = "sha256:71f5845239e30dae2537ddf488b26e2365baec84a19c1214d0ccc6878f6a290e"
+MANIFEST = "sha256:c33b0626be461148711e797df21d06fb54771836a2c1125ae499e11d22f28355"
+OCI_QUESTIONS = [
+    ("images",),
+    ("images", "--json"),
+    ("inspect", "app"),
+    ("inspect", f"@{MANIFEST}", "--manifest"),
+    ("inspect", "a/sig:1"),
+    ("inspect", "nope"),
+    ("layer", LAYER),
+    ("layer", LAYER, "--json"),
+    ("layer", LAYER, "--dumpfile"),
+    ("dump", "app"),
+    ("dump", "--bootable", "--xattrs", "keep-user-xattrs", "app"),
+    ("dump", "a/sig:1"),
+    ("compute-id", "app"),
+    ("compute-id", "--bootable", f"@{CONFIG}"),
+    ("fsck",),
+    ("fsck", "--json"),
+    ("fsck", "nope", "--json"),
+]
+
+
+def test_both_tools_answer_alike_about_images(pulled: Path, ours: Tool, rust: Tool) -> None:
+    for words in OCI_QUESTIONS:
+        check_alike(("oci", *words), pulled, ours, rust)
+        check_alike(("--erofs-version", "2", "oci", *words), pulled, ours, rust)
+
+
+@pytest.mark.parametrize("version", _FORMATS[1:])
+@pytest.mark.parametrize("algorithm", _HASHES)
+@pytest.mark.usefixtures("with_oci")
+def test_both_tools_pull_the_same_store(
+    algorithm: str, version: str, ours: Tool, rust: Tool, tmp_path: Path
+) -> None:
+    stores = [tmp_path / name for name in ("a", "b")]
+    words = ["--insecure", "--algorithm", f"fsverity-{algorithm}-12", "--erofs-version", version]
+    for store, tool in zip(stores, (ours, rust), strict=True):
+        printed(tool("init", *words, store))
+        pull(tool, store)
+        printed(tool("--repo", store, "gc"))
+    assert steady_facts(stores[0]) == steady_facts(stores[1])
+
+
+def steady_facts(store: Path) -> list[str]:
+    """Return facts without the streams whose references 0.9 writes in any order."""
+    moving = {
+        path.resolve()
+        for kind in ("config", "manifest")
+        for path in (store / "streams").glob(f"oci-{kind}-*")
+    }
+    moving_names = {str(path.relative_to(store)) for path in moving}
+    found = []
+    for fact in facts(store):
+        words = fact.split()
+        is_link_to_moving = words[-1].removeprefix("../") in moving_names
+        if words[0] != "directory" and words[2] not in moving_names:
+            found.append(" ".join(words[: -1 if is_link_to_moving else None]))
+    return found
+
+
+def test_second_pull_by_the_other_tool(
+    pulled: Path, request: pytest.FixtureRequest, ours: Tool, rust: Tool
+) -> None:
+    printed(ours("--repo", pulled, "gc"))
+    before = steady_facts(pulled)
+    pull(other(request), pulled)
+    for tool in (ours, rust):
+        printed(tool("--repo", pulled, "gc"))
+        assert json.loads(printed(tool("--repo", pulled, "oci", "fsck", "--json")))["ok"]
+    assert steady_facts(pulled) == before
+
+
+def test_copies_by_the_other_tool(
+    pulled: Path, request: pytest.FixtureRequest, ours: Tool, rust: Tool, tmp_path: Path
+) -> None:
+    copier = other(request)
+    words = ["--insecure", "--algorithm", "fsverity-sha256-12"]
+    for name, options in (("same", words[:1]), ("other", words)):
+        store = tmp_path / name
+        printed(copier("init", *options, store))
+        for tag in ("app", "a/sig:1"):
+            printed(copier("--repo", store, "oci", "copy", tag, "--from", pulled, "--name", tag))
+        for question in ("images", "inspect", "fsck", "compute-id"):
+            check_alike(("oci", question, *["app"][question == "images" :]), store, ours, rust)
+
+
+def test_removal_by_the_other_tool(pulled: Path, request: pytest.FixtureRequest) -> None:
+    tool = other(request)
+    for tag in ("app", "a/sig:1"):
+        printed(tool("--repo", pulled, "oci", "untag", tag))
+    printed(tool("--repo", pulled, "gc"))
+    assert [fact for fact in facts(pulled) if not fact.startswith("directory")] == [
+        fact for fact in facts(pulled) if "meta.json" in fact
+    ]
+
+
+@pytest.mark.usefixtures("overlay")
+@pytest.mark.parametrize("options", [(), ("--bootable",)], ids=["plain", "bootable"])
+def test_both_tools_mount_the_same(
+    options: tuple[str, ...], pulled: Path, ours: Tool, rust: Tool, mnt: Path
+) -> None:
+    seen = []
+    for tool in (ours, rust):
+        printed(tool("--repo", pulled, "oci", "mount", *options, "app", mnt))
+        try:
+            listing = ["find", ".", "-printf", "%P %y %m %U %G %T@ %l\\n"]
+            names = subprocess.run(listing, cwd=mnt, capture_output=True, check=True).stdout
+            seen.append((sorted(names.splitlines()), (mnt / "usr/bin/tool").read_bytes()))
+        finally:
+            subprocess.run(["umount", mnt], check=True)
+    assert seen[0] == seen[1]
