@@ -18,6 +18,8 @@ through cfs untouched.
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "BusyError",
@@ -30,6 +32,7 @@ __all__ = [
     "NotFoundError",
     "SourceError",
     "UnsupportedError",
+    "explaining",
 ]
 
 
@@ -93,3 +96,13 @@ class MountError(CfsError):
     def __init__(self, message: str, reason: int = errno.EIO) -> None:
         super().__init__(message)
         self.errno = reason
+
+
+@contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Put ``what`` and a colon in front of the errors of ours that leave a block."""
+    try:
+        yield
+    except CfsError as error:
+        msg = f"{what}: {error}"
+        raise type(error)(msg) from None

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -89,6 +89,20 @@ def run_here(
         finally:
             sys.stdin = before
     return Done(line, status, *capture.readouterr())
+
+
+class Result(NamedTuple):
+    """What became of a command, as text."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run_text(capture: pytest.CaptureFixture[str], *words: str | Path) -> Result:
+    """Run ``cfsctl`` in this process; ``capture`` is pytest's ``capsys``."""
+    status = run_cfsctl([str(word) for word in words])
+    return Result(status, *capture.readouterr())
 
 
 def run_shell(script: str, cwd: Path, **more: str) -> Done:

@@ -11,11 +11,12 @@ from typing import Any
 import zstandard
 
 from cfs.digest import Digest
-from cfs.oci.documents import StoredConfig, load_config, write_config
+from cfs.oci.documents import StoredConfig, load_config
 from cfs.oci.layers import find_layer, import_layer
 from cfs.oci.manifest import Compression
 from cfs.oci.reference import digest_of
 from cfs.repository.repository import Repository
+from tests.oci_documents import write_config
 from tests.paths import DATA
 
 CASES = DATA / "oci"

@@ -1,12 +1,15 @@
 """Documents that tests store."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cfs.digest import Digest
-from cfs.oci.documents import write_config, write_manifest
+from cfs.oci.document_streams import config_name
+from cfs.oci.document_updates import put_config, put_manifest
+from cfs.oci.documents import ConfigDocument, ManifestDocument
 from cfs.oci.manifest import CONFIG_TYPE
 from cfs.oci.reference import digest_of
+from cfs.oci.tags import manifest_name
 from cfs.repository.repository import Repository
 from cfs.repository.splitstream_format import ContentType
 from cfs.repository.splitstream_writer import SplitStreamWriter
@@ -26,6 +29,34 @@ def add_layer(repository: Repository, data: bytes) -> tuple[str, Digest]:
         stream = writer.finish()
     register_stream(repository, f"oci-layer-{digest_of(data)}", stream)
     return digest_of(data), stream
+
+
+def write_config(
+    repository: Repository,
+    digest: str,
+    data: bytes,
+    layers: Sequence[tuple[str, Digest]],
+    images: Mapping[str, Digest] | None = None,
+) -> Digest:
+    """Store a config and register it; return the id of its stream."""
+    document = ConfigDocument(digest=digest, data=data, layers=dict(layers), images=images or {})
+    stream = put_config(repository, document)
+    register_stream(repository, config_name(digest), stream)
+    return stream
+
+
+def write_manifest(
+    repository: Repository,
+    digest: str,
+    data: bytes,
+    config: tuple[str, Digest],
+    layers: Sequence[tuple[str, Digest]],
+) -> Digest:
+    """Store a manifest and register it; return the id of its stream."""
+    document = ManifestDocument(digest=digest, data=data, layers=dict(layers))
+    stream = put_manifest(repository, document, config)
+    register_stream(repository, manifest_name(digest), stream)
+    return stream
 
 
 class StoredImage:

@@ -1,10 +1,10 @@
 """Results where the user wants them: files, whole or not at all, and JSON on stdout."""
 
 import os
-import secrets
 import stat
 import sys
-from contextlib import suppress
+
+from cfs.linux.files import replacing, write_all
 
 __all__ = ["print_json", "write_output"]
 
@@ -40,26 +40,10 @@ def write_output(path: str, data: bytes | bytearray) -> None:
         mode = None
     if mode is not None and not stat.S_ISREG(mode):
         with open(path, "wb", buffering=0) as stream:
-            _write_all(stream.fileno(), data)
+            write_all(stream.fileno(), data)
         return
     target = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(target), f".cfs-{secrets.token_hex(8)}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
-    try:
-        try:
-            _write_all(fd, data)
-            if mode is not None:
-                os.fchmod(fd, stat.S_IMODE(mode))
-        finally:
-            os.close(fd)
-        os.rename(temporary, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _write_all(fd: int, data: bytes | bytearray) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+    with replacing(target, _MODE) as fd:
+        write_all(fd, data)
+        if mode is not None:
+            os.fchmod(fd, stat.S_IMODE(mode))

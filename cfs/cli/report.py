@@ -11,6 +11,7 @@ from cfs.errors import CfsError
 __all__ = ["describe", "escape", "fail", "run_reporting"]
 
 _INTERRUPT_STATUS = 130
+_MAX_MESSAGE_SIZE = 4096  # characters: what an error quotes from a document may have millions
 _STREAMS = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDWR, "w"))
 
 
@@ -40,10 +41,12 @@ def describe(error: CfsError | OSError) -> str:
     """Return an error in one line, an ``OSError`` as file and reason."""
     if not isinstance(error, OSError):
         text = str(error)
-    elif error.filename is None:
+    elif error.filename is None or isinstance(error.filename, int):  # a descriptor
         text = error.strerror or str(error)
     else:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if len(text) > _MAX_MESSAGE_SIZE:
+        text = text[: _MAX_MESSAGE_SIZE // 2] + "…" + text[-_MAX_MESSAGE_SIZE // 2 :]
     return escape(text)
 
 

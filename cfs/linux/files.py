@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import IntFlag
 
 from cfs.errors import UnsupportedError
@@ -29,7 +29,9 @@ __all__ = [
     "owned",
     "rename_noreplace",
     "reopen_readonly",
+    "replacing",
     "sync_file_system",
+    "write_all",
 ]
 
 FICLONE = 0x40049409
@@ -185,6 +187,44 @@ def rename_noreplace(source_fd: int, source: bytes, target_fd: int, target: byte
     if libc().renameat2(source_fd, source, target_fd, target, _RENAME_NOREPLACE):
         reason = ctypes.get_errno()
         raise OSError(reason, os.strerror(reason), os.fsdecode(target))
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
+    """Write all of it, however little write(2) takes at a time.
+
+    Raises:
+        OSError: as write(2); part of it may have been written.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+@contextmanager
+def replacing(path: str, mode: int) -> Iterator[int]:
+    """Give the descriptor of an empty file that gets its name at the end of a block.
+
+    After an error it vanishes, and what had the name stays.
+
+    Args:
+        path: of the file; its directory must be there.
+        mode: of the file; the umask takes its part.
+
+    Raises:
+        OSError: as open(2) and rename(2).
+    """
+    temporary = os.path.join(os.path.dirname(path), f".cfs-{os.urandom(8).hex()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def sync_file_system(fd: int) -> None:

@@ -105,7 +105,7 @@ class ObjectDirectory:
     def _ensure_fd(self) -> int:
         """Return the directory, made if missing."""
         if self._fd == -1:
-            with suppress(FileExistsError):
+            with suppress(FileExistsError), naming(self._name):
                 os.mkdir(self._name, dir_fd=self._parent_fd)
         return self.fd
 
@@ -204,7 +204,9 @@ class ObjectDirectory:
         directory = self._ensure_fd()
         if digest and self._is_present(digest, size):
             return digest, Method.PRESENT
-        temporary, found, method = self._importer.take(directory, fd, size, link=link, copy=copy)
+        with naming(self._name):
+            taken = self._importer.take(directory, fd, size, link=link, copy=copy)
+        temporary, found, method = taken
         with discarding(temporary):
             if digest:
                 _check_digest(digest, found, size)
@@ -300,7 +302,8 @@ class ObjectDirectory:
         Raises:
             OSError: as open(2).
         """
-        return Temporary.create(self._ensure_fd())
+        with naming(self._name):
+            return Temporary.create(self._ensure_fd())
 
     def adopt(
         self, temporary: Temporary, size: int, *, thorough: bool = False

@@ -14,7 +14,13 @@ from contextlib import contextmanager, suppress
 from typing import Self
 
 from cfs.errors import UnsupportedError
-from cfs.linux.files import link_unnamed, open_unnamed, rename_noreplace, reopen_readonly
+from cfs.linux.files import (
+    link_unnamed,
+    open_unnamed,
+    rename_noreplace,
+    reopen_readonly,
+    write_all,
+)
 
 __all__ = ["TEMPORARY_PREFIX", "Temporary", "discarding"]
 
@@ -77,9 +83,7 @@ class Temporary:
         Raises:
             OSError: as write(2).
         """
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self.fd, rest) :]
+        write_all(self.fd, data)
 
     def size(self) -> int:
         """Return the size in bytes."""

@@ -7,18 +7,16 @@ from the image and is checked before anything is written; the entry itself is wr
 
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from cfs.digest import Digest
 from cfs.errors import ConflictError, FormatError, InvalidRequestError, NotFoundError
-from cfs.linux.files import copy_contents, sync_file_system
+from cfs.linux.files import copy_contents, replacing, sync_file_system, write_all
 from cfs.oci.documents import StoredConfig
 from cfs.oci.images import BootImage, link_boot_image, read_object, tree_of
 from cfs.oci.uki import read_command_line
-from cfs.repository.boot_argument import find_digest, format_argument
+from cfs.repository.boot_argument import find_digest, format_argument, names_image
 from cfs.repository.repository import Repository
 from cfs.transform.contents import (
     Path,
@@ -114,6 +112,9 @@ def _check_words(entry_id: str | None, arguments: Sequence[str]) -> None:
         if not argument.strip() or not argument.isprintable():
             msg = f"kernel argument {argument!r}: expected a word without line breaks"
             raise InvalidRequestError(msg)
+        if any(map(names_image, _split_arguments(argument))):
+            msg = f"kernel argument {argument!r}: the image to boot is the one that was named"
+            raise InvalidRequestError(msg)
 
 
 def _find_entry(repository: Repository, root: Directory, entry_id: str | None) -> _Entry:
@@ -122,21 +123,27 @@ def _find_entry(repository: Repository, root: Directory, entry_id: str | None) -
     for name in sorted(directory.children) if directory is not None else ():
         if name.endswith(b".conf"):
             return _load_entry(repository, root, name, entry_id)
-    modules = find_directory(root, _MODULES)
-    versions: list[tuple[bytes, Directory]] = []
-    for name in sorted(modules.children) if modules is not None else ():
-        version = inode_of(modules.children[name]) if modules is not None else None
-        if isinstance(version, Directory):
-            versions.append((name, version))
-    for place in (find_directory(root, _UKIS), *(version for _, version in versions)):
-        for path, file in _find_ukis(place):
-            return _load_uki(repository, path, file, entry_id)
-    for name, version in versions:
+    versions = _list_versions(root)
+    for top, place in ((_UKIS, find_directory(root, _UKIS)), *versions):
+        for path, file in _find_ukis(top, place):
+            return _load_uki(repository, path, len(top), file, entry_id)
+    for top, version in versions:
         kernel = version.children.get(_KERNEL)
         if kernel is not None and isinstance(vmlinuz := inode_of(kernel), Regular):
-            return _make_entry(name, version, vmlinuz, entry_id)
+            return _make_entry(top, version, vmlinuz, entry_id)
     msg = "No boot entries!"
     raise NotFoundError(msg)
+
+
+def _list_versions(root: Directory) -> list[tuple[Path, Directory]]:
+    """Return the directories of the kernels, with their paths."""
+    modules = find_directory(root, _MODULES)
+    children = {} if modules is None else modules.children
+    return [
+        ((*_MODULES, name), version)
+        for name, child in sorted(children.items())
+        if isinstance(version := inode_of(child), Directory)
+    ]
 
 
 def _load_entry(
@@ -169,9 +176,9 @@ def _load_entry(
     return entry
 
 
-def _find_ukis(place: Directory | None) -> Iterator[tuple[Path, Regular]]:
+def _find_ukis(top: Path, place: Directory | None) -> Iterator[tuple[Path, Regular]]:
     """Yield the kernel images below a directory; those that only add to one are left out."""
-    stack: list[tuple[Path, Inode]] = [((), place)] if place is not None else []
+    stack: list[tuple[Path, Inode]] = [(top, place)] if place is not None else []
     while stack:
         path, inode = stack.pop()
         if isinstance(inode, Directory):
@@ -183,7 +190,10 @@ def _find_ukis(place: Directory | None) -> Iterator[tuple[Path, Regular]]:
             yield path, as_regular(inode, path)
 
 
-def _load_uki(repository: Repository, path: Path, file: Regular, entry_id: str | None) -> _Entry:
+def _load_uki(
+    repository: Repository, path: Path, depth: int, file: Regular, entry_id: str | None
+) -> _Entry:
+    """Return what to write for a kernel image; ``depth`` is that of the place it was found in."""
     where = format_path(path)
     if file.digest is None:
         msg = f"{where}: no kernel image"
@@ -201,18 +211,18 @@ def _load_uki(repository: Repository, path: Path, file: Regular, entry_id: str |
         raise FormatError(msg)
     if entry_id is not None:
         path = (*path[:-1], entry_id.encode() + _EFI)
-    return _Entry(files={(*_UKIS[1:], *path): file}, expected=expected)
+    return _Entry(files={(*_UKIS[1:], *path[depth:]): file}, expected=expected)
 
 
-def _make_entry(name: bytes, modules: Directory, kernel: Regular, entry_id: str | None) -> _Entry:
+def _make_entry(path: Path, modules: Directory, kernel: Regular, entry_id: str | None) -> _Entry:
     """Return an entry for a kernel that has none in the image."""
-    version = name.decode(errors="replace")
+    version = path[-1].decode(errors="replace")
     if not _ENTRY_ID.fullmatch(version):
-        msg = f"{format_path((*_MODULES, name))}: expected a version of a kernel"
+        msg = f"{format_path(path)}: expected a version of a kernel"
         raise FormatError(msg)
     initramfs = modules.children.get(_INITRAMFS)
     if initramfs is None or not isinstance(file := inode_of(initramfs), Regular):
-        msg = f"kernel {version} has no initramfs.img in {format_path((*_MODULES, name))}"
+        msg = f"kernel {version} has no initramfs.img in {format_path(path)}"
         raise NotFoundError(msg)
     place = entry_id or version
     lines = [
@@ -253,13 +263,16 @@ def _write(repository: Repository, entry: _Entry, bootdir: str) -> None:
     top = os.open(bootdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for path, file in entry.files.items():
-            with _replacing(os.path.join(os.fsencode(bootdir), *path)) as fd:
+            name = os.path.join(bootdir, *map(os.fsdecode, path))
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            with replacing(name, _FILE_MODE) as fd:
                 _copy(repository, file, fd)
         sync_file_system(top)
         if entry.name:
             name = os.path.join(bootdir, "loader", "entries", entry.name)
-            with _replacing(os.fsencode(name)) as fd:
-                _write_all(fd, "".join(f"{line}\n" for line in entry.lines).encode())
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            with replacing(name, _FILE_MODE) as fd:
+                write_all(fd, "".join(f"{line}\n" for line in entry.lines).encode())
             sync_file_system(top)
     finally:
         os.close(top)
@@ -267,34 +280,10 @@ def _write(repository: Repository, entry: _Entry, bootdir: str) -> None:
 
 def _copy(repository: Repository, file: Regular, fd: int) -> None:
     if file.digest is None:
-        _write_all(fd, file.content or b"")
+        write_all(fd, file.content or b"")
         return
     source = repository.objects.open_object(file.digest)
     try:
         copy_contents(source, fd, file.size)
     finally:
         os.close(source)
-
-
-@contextmanager
-def _replacing(path: bytes) -> Iterator[int]:
-    """Give a descriptor of a file that gets its name at the end, or vanishes after an error."""
-    directory = os.path.dirname(path)
-    os.makedirs(directory, exist_ok=True)
-    temporary = os.path.join(directory, b".cfs-" + secrets.token_hex(8).encode())
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
-    try:
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]

@@ -8,7 +8,7 @@ which is read and ignored.
 
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Protocol
 
 from cfs.errors import FormatError
 from cfs.oci.manifest import Compression
@@ -16,7 +16,7 @@ from cfs.oci.manifest import Compression
 if TYPE_CHECKING:
     import zstandard
 
-__all__ = ["decompress"]
+__all__ = ["Readable", "decompress"]
 
 _READ_SIZE = 1 << 18
 _PIECE_SIZE = 1 << 20  # of what comes out
@@ -39,7 +39,15 @@ _MAX_BLOCK_SIZE = 1 << 17
 _MAX_WINDOW_SIZE = 1 << 27
 
 
-def decompress(blob: BinaryIO, compression: Compression) -> Iterator[bytes]:
+class Readable(Protocol):
+    """What a blob has to have."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return some of the next bytes, at most ``size``; none at the end."""
+        ...
+
+
+def decompress(blob: Readable, compression: Compression) -> Iterator[bytes]:
     """Yield what a blob stands for, in pieces; the blob is read to its end.
 
     Args:
@@ -62,7 +70,7 @@ def decompress(blob: BinaryIO, compression: Compression) -> Iterator[bytes]:
 class _Input:
     """The blob, with a look ahead."""
 
-    def __init__(self, blob: BinaryIO) -> None:
+    def __init__(self, blob: Readable) -> None:
         self._blob = blob
         self._data = b""
         self._off = 0

@@ -3,7 +3,8 @@
 from cfs.digest import Digest
 from cfs.errors import FormatError, InvalidRequestError
 from cfs.oci.documents import config_of, find_manifest
-from cfs.oci.finalize import StoredImage, finalize_image, find_typed_layer, layer_types
+from cfs.oci.finalize import StoredImage, finalize_image, layer_types
+from cfs.oci.layers import find_typed_layer
 from cfs.oci.manifest import Compression, Manifest, layer_compression
 from cfs.oci.reference import Reference, check_content, check_tag
 from cfs.oci.transfer import receive_layer, send_layer

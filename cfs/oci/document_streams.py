@@ -3,18 +3,17 @@
 The document is the only object of the stream; what it needs are named references.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from cfs.digest import Digest
-from cfs.errors import CfsError, FormatError, IntegrityError
+from cfs.errors import FormatError, IntegrityError, explaining
 from cfs.oci.manifest import MAX_DOCUMENT_SIZE
 from cfs.repository.repository import Repository
 from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_writer import SplitStreamWriter
-from cfs.repository.streams import register_stream
+from cfs.repository.streams import open_stored_stream
 
-__all__ = ["config_key", "config_name", "open_document", "read_document", "write_document"]
+__all__ = ["config_key", "config_name", "open_document", "put_document", "read_document"]
 
 
 def config_name(digest: str) -> str:
@@ -50,9 +49,8 @@ def open_document(
         IntegrityError: it is not what its name says.
         OSError: reading failed.
     """
-    with _told_of(f"Opening stream '{content_id}'"):
-        fd = repository.objects.open_object(stream)
-        opened = SplitStream(fd, repository.algorithm)
+    with explaining(f"Opening stream '{content_id}'"):
+        opened = open_stored_stream(repository, stream)
         if verify and not repository.objects.is_sound(stream):
             opened.close()
             msg = f"object {stream}: its contents have another digest"
@@ -79,7 +77,7 @@ def read_document(repository: Repository, opened: SplitStream) -> bytes:
         msg = f"Expected exactly 1 external object in splitstream, got {nr_objects}"
         raise FormatError(msg)
     digest = opened.object_refs[0]
-    with _told_of(f"Reading object {repository.algorithm.name.lower()}:{digest} into memory"):
+    with explaining(f"Reading object {repository.algorithm.name.lower()}:{digest} into memory"):
         with open(repository.objects.open_object(digest), "rb") as file:
             data = file.read(MAX_DOCUMENT_SIZE + 1)
         if len(data) > MAX_DOCUMENT_SIZE:
@@ -88,28 +86,18 @@ def read_document(repository: Repository, opened: SplitStream) -> bytes:
         return data
 
 
-@contextmanager
-def _told_of(what: str) -> Iterator[None]:
-    """Put what was done in front of the errors of a block."""
-    try:
-        yield
-    except CfsError as error:
-        msg = f"{what}: {error}"
-        raise type(error)(msg) from None
-
-
-def write_document(
+def put_document(
     repository: Repository,
     content_id: str,
     content_type: bytes,
     data: bytes,
     references: Sequence[tuple[str, Digest]],
 ) -> Digest:
-    """Store a document with what it needs and register the stream; return its id.
+    """Store a document with what it needs; return the id of the stream.
 
     Args:
         repository: the store.
-        content_id: to register it as.
+        content_id: what it will be registered as, for messages.
         content_type: of the stream.
         data: the document.
         references: name and id of each stream or image that it needs, in order.
@@ -126,6 +114,4 @@ def write_document(
             writer.add_named(name, digest)
         # an object whatever its size: composefs-rs reads no other documents
         writer.write_object(repository.objects.put_bytes(data), len(data))
-        stream = writer.finish()
-    register_stream(repository, content_id, stream)
-    return stream
+        return writer.finish()

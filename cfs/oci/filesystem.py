@@ -15,8 +15,8 @@ from cfs.digest import Digest
 from cfs.errors import FormatError
 from cfs.oci.tar import Entry, Kind, padded, read_entry
 from cfs.repository.repository import Repository
-from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_format import ContentType
+from cfs.repository.streams import open_stored_stream
 from cfs.tree import Directory, Inode, Link, Regular, Special, Symlink, inode_of
 
 __all__ = ["TreeBuilder", "build_tree", "make_inode", "read_layer"]
@@ -28,6 +28,8 @@ _PERMISSIONS = 0o7777
 # bytes that all entries may take in memory, so that a small blob cannot fill it: 4 million of them
 _MEMORY_MAX = 1 << 32
 _MEMORY_OF_ENTRY = 1 << 10  # without names, targets and xattrs
+_MEMORY_OF_XATTR = 1 << 7  # without name and value: an entry may have a hundred thousand
+_MAX_DEPTH = 2048  # of a directory: images of more are not read, and paths of all take their time
 _AT_END = "layer: unexpected end in the contents of an entry"
 _SPECIAL_TYPES = {
     Kind.CHARACTER: stat.S_IFCHR,
@@ -54,8 +56,7 @@ def read_layer(repository: Repository, stream: Digest) -> Iterator[tuple[Entry, 
         IntegrityError: it is not what its name says.
         OSError: it cannot be read.
     """
-    fd = repository.objects.open_object(stream)
-    with SplitStream(fd, repository.algorithm) as layer:
+    with open_stored_stream(repository, stream) as layer:
         if layer.content_type != ContentType.LAYER:
             msg = (
                 "Invalid splitstream content type: "
@@ -207,6 +208,8 @@ class TreeBuilder:
             if not isinstance(child, Directory):
                 _refuse(entry, "expected a directory as root")
             return  # the root gets everything from /usr
+        if len(names) > _MAX_DEPTH:
+            _refuse(entry, f"{len(names)} directories deep: expected at most {_MAX_DEPTH}")
         children = self._parent(entry, entry.path, names).children
         name = names[-1]
         if name.startswith(_WHITEOUT):
@@ -225,6 +228,7 @@ class TreeBuilder:
         # what is removed or replaced later counts as well: few layers have much of that
         self._memory += _MEMORY_OF_ENTRY + len(entry.path) + len(entry.target)
         if entry.xattrs:
+            self._memory += _MEMORY_OF_XATTR * len(entry.xattrs)
             self._memory += sum(map(len, entry.xattrs)) + sum(map(len, entry.xattrs.values()))
         if self._memory > _MEMORY_MAX:
             _refuse(entry, f"the entries so far take more than {_MEMORY_MAX} bytes of memory")

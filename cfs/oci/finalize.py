@@ -1,13 +1,14 @@
 """Completing an image whose layers are in the store (spec repository 5.2, 5.4, 5.10).
 
-Configuration, manifest, the images made of it, the tag, in this order: what has a name is
-complete.  Spec cli-and-varlink b.6 ``FinalizeImage`` says what is checked before anything is
-written, because what composefs-rs stores unchecked keeps the right image out.
+The image made of it, configuration and manifest are stored, synced once and named in this order,
+then tagged: what has a name is complete.  Spec cli-and-varlink b.6 ``FinalizeImage`` says what is
+checked before anything is written, because what composefs-rs stores unchecked keeps the right
+image out.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfs.digest import Digest
 from cfs.errors import (
@@ -16,25 +17,25 @@ from cfs.errors import (
     InvalidRequestError,
     NotFoundError,
 )
+from cfs.oci.document_updates import put_manifest, update_config
 from cfs.oci.documents import (
+    ConfigDocument,
+    ManifestDocument,
     StoredConfig,
     load_config,
     load_manifest,
-    update_config,
-    write_manifest,
 )
-from cfs.oci.images import link_image
+from cfs.oci.images import make_images
 from cfs.oci.layers import find_layer, layer_name
-from cfs.oci.manifest import Config, Manifest, layer_compression
+from cfs.oci.manifest import Manifest, diff_ids_of, layer_compression
 from cfs.oci.reference import check_content, check_tag, digest_of
-from cfs.oci.tags import set_tag
+from cfs.oci.tags import manifest_name, set_tag
 from cfs.repository.repository import Repository
-from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_format import ContentType
 from cfs.repository.splitstream_writer import SplitStreamWriter
-from cfs.repository.streams import register_stream
+from cfs.repository.streams import open_stored_stream, register_stream
 
-__all__ = ["StoredImage", "finalize_image", "find_typed_layer", "layer_types", "store_image"]
+__all__ = ["StoredImage", "finalize_image", "layer_types", "store_image"]
 
 Layers = Sequence[tuple[str, Digest]]
 
@@ -103,45 +104,14 @@ def layer_types(manifest: Manifest, config: bytes) -> dict[str, bytes]:
     Raises:
         FormatError: the configuration is broken, or tells another number of layers.
     """
-    if not manifest.is_container:
-        return {
-            layer.digest: (
-                ContentType.LAYER if layer_compression(layer.media_type) else ContentType.BLOB
-            )
-            for layer in manifest.layers
-        }
-    diff_ids = Config.parse(config).diff_ids
-    if len(diff_ids) != len(manifest.layers):
-        msg = (
-            f"manifest and config disagree: {len(manifest.layers)} layers, but "
-            f"{len(diff_ids)} diff ids"
-        )
-        raise FormatError(msg)
-    return dict.fromkeys(diff_ids, ContentType.LAYER)
-
-
-def find_typed_layer(repository: Repository, digest: str, content_type: bytes) -> Digest | None:
-    """Return the stream of a layer, if it is there and can be used as one of that type.
-
-    The blob of an artifact may have the digest that is the diff id of a layer.  The stream is
-    read and its objects are looked for, so that storing it again brings back what was lost or
-    damaged; what is in the objects is left to fsck.
-
-    Raises:
-        OSError: reading failed.
-    """
-    with suppress(NotFoundError, FormatError, IntegrityError):
-        stream = find_layer(repository, digest)
-        if stream is not None and repository.objects.is_sound(stream):
-            with _open(repository, stream) as layer:
-                is_usable = layer.content_type == content_type
-                if is_usable and all(map(repository.objects.has, layer.object_refs)):
-                    return stream
-    return None
-
-
-def _open(repository: Repository, stream: Digest) -> SplitStream:
-    return SplitStream(repository.objects.open_object(stream), repository.algorithm)
+    if manifest.is_container:
+        return dict.fromkeys(diff_ids_of(manifest, config), ContentType.LAYER)
+    types: dict[str, bytes] = {}
+    for layer in manifest.layers:
+        is_tar = layer_compression(layer.media_type) is not None
+        # the first one counts, as in a pull
+        types.setdefault(layer.digest, ContentType.LAYER if is_tar else ContentType.BLOB)
+    return types
 
 
 def _check_layers(
@@ -171,7 +141,7 @@ def _has_type(repository: Repository, digest: str, stream: Digest, content_type:
     if find_layer(repository, digest) != stream:
         msg = f"layer {digest} is not there as {stream}"
         raise NotFoundError(msg)
-    with _open(repository, stream) as layer:
+    with open_stored_stream(repository, stream) as layer:
         found = layer.content_type
     if found != content_type and (found, content_type) != (ContentType.LAYER, ContentType.BLOB):
         msg = f"layer {digest}: invalid splitstream content type"
@@ -181,7 +151,7 @@ def _has_type(repository: Repository, digest: str, stream: Digest, content_type:
 
 def _store_as_blob(repository: Repository, digest: str, stream: Digest) -> Digest:
     """Store the contents of a stream as one object, as those of blobs are; register it."""
-    with _open(repository, stream) as source:
+    with open_stored_stream(repository, stream) as source:
         with repository.objects.create() as contents:
             for piece in source.contents(repository.objects):
                 contents.write(piece)
@@ -202,7 +172,9 @@ def store_image(
     *,
     name: str | None,
 ) -> StoredImage:
-    """Store the documents of an image, make the images of it, tag it.
+    """Make the images of an image's tree, store its documents, tag it.
+
+    If no image can be made, nothing is stored.
 
     Args:
         repository: the store.
@@ -216,48 +188,53 @@ def store_image(
         FormatError: a document is broken, or no image can be made of the layers.
         OSError: reading or writing failed.
     """
-    document = Manifest.parse(manifest)
+    document = ManifestDocument(digest=digest, data=manifest, layers=dict(layers))
+    wanted = ConfigDocument(
+        digest=document.manifest.config.digest, data=config, layers=dict(layers), images={}
+    )
+    images: Mapping[str, Digest] = {}
+    if document.manifest.is_container:
+        # before anything of it is registered: perhaps none can be made
+        images = make_images(repository, _find_config(repository, wanted, document) or wanted)
     with repository.updating():
-        stored = _store_config(repository, document, config, layers)
-        _store_manifest(repository, digest, manifest, stored, layers)
-    if document.is_container:
-        link_image(repository, stored)
+        stored = None if images else _find_config(repository, wanted, document)
+        if stored is None:
+            update_config(repository, replace(wanted, images=images), document)
+        elif not _has_manifest(repository, document, stored):
+            stream = put_manifest(repository, document, (stored.digest, stored.stream))
+            register_stream(repository, manifest_name(digest), stream)
     if name is not None:
         set_tag(repository, name, digest)
     final = load_manifest(repository, digest)
     return StoredImage(
         manifest_digest=digest,
         manifest_stream=final.stream,
-        config_digest=stored.digest,
+        config_digest=wanted.digest,
         config_stream=final.config_stream,
     )
 
 
-def _store_config(
-    repository: Repository, manifest: Manifest, config: bytes, layers: Layers
-) -> StoredConfig:
-    """Write the configuration, unless it is there and refers to just that.
+def _find_config(
+    repository: Repository, wanted: ConfigDocument, manifest: ManifestDocument
+) -> StoredConfig | None:
+    """Return the configuration if it is there and can be referred to as it is.
 
     An artifact shares its configuration with others, "{}" mostly.  Did that name the layers of
     all, it would keep them from collection.  Their manifests do; the configuration has those of
     the first, which is enough for composefs-rs to pull that one again.
     """
-    digest = manifest.config.digest
     with suppress(NotFoundError, FormatError, IntegrityError):
-        stored = load_config(repository, digest, verify=True)
+        stored = load_config(repository, wanted.digest, verify=True)
         # they differ if some were lost, or if an artifact has the same document
-        is_same = not manifest.is_container or stored.layers == dict(layers)
+        is_same = not manifest.manifest.is_container or stored.layers == wanted.layers
         if is_same and all(map(repository.objects.has, stored.images.values())):
             return stored
-    return update_config(repository, digest, config, layers, {})
+    return None
 
 
-def _store_manifest(
-    repository: Repository, digest: str, data: bytes, config: StoredConfig, layers: Layers
-) -> None:
-    """Write the manifest, unless it is there and refers to just that."""
+def _has_manifest(repository: Repository, manifest: ManifestDocument, config: StoredConfig) -> bool:
+    """Whether the manifest is there and refers to just that."""
     with suppress(NotFoundError, FormatError, IntegrityError):
-        stored = load_manifest(repository, digest, verify=True)
-        if stored.config_stream == config.stream and dict(stored.layers) == dict(layers):
-            return
-    write_manifest(repository, digest, data, (config.digest, config.stream), layers)
+        stored = load_manifest(repository, manifest.digest, verify=True)
+        return stored.config_stream == config.stream and stored.layers == manifest.layers
+    return False

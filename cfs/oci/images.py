@@ -5,28 +5,28 @@ collection.  Layers do not change, so a key that is there stays right; it is mad
 image is gone.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cfs.digest import Digest
 from cfs.errors import FormatError, IntegrityError, InvalidRequestError, NotFoundError
+from cfs.oci.document_updates import replace_images
 from cfs.oci.documents import (
+    ConfigDocument,
     StoredConfig,
     config_of,
     find_manifest,
     image_key,
     load_config,
     load_manifest,
-    replace_images,
 )
 from cfs.oci.filesystem import build_tree
-from cfs.oci.reference import Reference, new_hash
+from cfs.oci.reference import Reference, digest_from, new_hash
 from cfs.oci.tags import list_tags
-from cfs.repository.images import commit_images
+from cfs.repository.images import put_images
 from cfs.repository.metadata import Formats
 from cfs.repository.refs import resolve_image
 from cfs.repository.repository import Repository
-from cfs.repository.splitstream import SplitStream
+from cfs.repository.streams import open_stored_stream
 from cfs.transform import XattrMode, apply_boot, apply_oci, check_boot_resources
 from cfs.tree import Directory, Regular, inode_of, walk
 
@@ -37,6 +37,7 @@ __all__ = [
     "link_boot_image",
     "link_image",
     "link_tagged_images",
+    "make_images",
     "read_object",
     "tree_of",
 ]
@@ -90,7 +91,7 @@ def find_config(
 
 def tree_of(
     repository: Repository,
-    config: StoredConfig,
+    config: ConfigDocument,
     *,
     bootable: bool = False,
     mode: XattrMode = XattrMode.ALLOWLIST_ONLY,
@@ -165,13 +166,30 @@ def link_image(repository: Repository, config: StoredConfig) -> StoredConfig:
     """Make the images of all formats of the store, unless they are there; return the new config.
 
     Raises:
+        Other errors: as :func:`make_images`.
+    """
+    images = make_images(repository, config)
+    return replace_images(repository, config, images) if images else config
+
+
+def make_images(
+    repository: Repository, config: ConfigDocument, *, bootable: bool = False
+) -> dict[str, Digest]:
+    """Store the images of all formats of the store by key, unless the config knows them.
+
+    They get their links with the config that refers to them.
+
+    Returns:
+        What the config has to refer to; nothing if it does.
+
+    Raises:
         Other errors: as :func:`tree_of` and :func:`cfs.repository.images.commit_image`.
     """
+    if _has_images(repository, config, bootable=bootable):
+        return {}
     mode = XattrMode.ALLOWLIST_ONLY
-    if _find_images(repository, config, bootable=False) is None:
-        digests = commit_images(repository, tree_of(repository, config, mode=mode))
-        config = _add_images(repository, config, digests, bootable=False, mode=mode)
-    return config
+    root = tree_of(repository, config, bootable=bootable, mode=mode)
+    return _put_images(repository, root, repository.formats, bootable=bootable, mode=mode)
 
 
 def link_tagged_images(repository: Repository) -> list[str]:
@@ -209,12 +227,11 @@ def link_boot_image(
     if expected is not None:
         return _link_expected(repository, config, expected)
     mode, version = XattrMode.ALLOWLIST_ONLY, repository.formats.default
-    found = _find_images(repository, config, bootable=True)
-    if found is not None:
-        return config, BootImage(found, mode, version)
-    digests = commit_images(repository, tree_of(repository, config, bootable=True, mode=mode))
-    config = _add_images(repository, config, digests, bootable=True, mode=mode)
-    return config, BootImage(digests[version], mode, version)
+    images = make_images(repository, config, bootable=True)
+    if images:
+        config = replace_images(repository, config, images)
+    digest = config.images[image_key(version, boot=True, mode=mode)]
+    return config, BootImage(digest, mode, version)
 
 
 def _link_expected(
@@ -224,8 +241,8 @@ def _link_expected(
         root = tree_of(repository, config, bootable=True, mode=mode)
         for version in _EXPECTED_VERSIONS:
             if _compute(repository, root, version) == expected:
-                digests = commit_images(repository, root, formats=Formats(version))
-                config = _add_images(repository, config, digests, bootable=True, mode=mode)
+                images = _put_images(repository, root, Formats(version), bootable=True, mode=mode)
+                config = replace_images(repository, config, images)
                 return config, BootImage(expected, mode, version)
     nr_tried = len(XattrMode) * len(_EXPECTED_VERSIONS)
     msg = (
@@ -243,17 +260,14 @@ def _compute(repository: Repository, root: Directory, version: int) -> Digest:
     return compute_digest(image, repository.algorithm)
 
 
-def _find_images(repository: Repository, config: StoredConfig, *, bootable: bool) -> Digest | None:
-    """Return the image of the default format, if those of all formats have keys and are there."""
+def _has_images(repository: Repository, config: ConfigDocument, *, bootable: bool) -> bool:
+    """Whether the images of all formats have keys and are there."""
     formats = repository.formats
-    mode = XattrMode.ALLOWLIST_ONLY
-    digests = []
     for version in (formats.default, *formats.extra):
-        digest = config.images.get(image_key(version, boot=bootable, mode=mode))
+        digest = config.images.get(image_key(version, boot=bootable))
         if digest is None or not _has_image(repository, digest):
-            return None
-        digests.append(digest)
-    return digests[0]
+            return False
+    return True
 
 
 def _has_image(repository: Repository, digest: Digest) -> bool:
@@ -263,22 +277,17 @@ def _has_image(repository: Repository, digest: Digest) -> bool:
         return False
 
 
-def _add_images(
-    repository: Repository,
-    config: StoredConfig,
-    digests: Mapping[int, Digest],
-    *,
-    bootable: bool,
-    mode: XattrMode,
-) -> StoredConfig:
-    """Give images their keys; where formats 0 and 1 share one, the default format has it."""
+def _put_images(
+    repository: Repository, root: Directory, formats: Formats, *, bootable: bool, mode: XattrMode
+) -> dict[str, Digest]:
+    """Store images by key; where formats 0 and 1 share one, the default format has it."""
     images: dict[str, Digest] = {}
-    for version, digest in digests.items():
+    for version, digest in put_images(repository, root, formats).items():
         images.setdefault(image_key(version, boot=bootable, mode=mode), digest)
-    return replace_images(repository, config, images)
+    return images
 
 
-def _layers_of(config: StoredConfig) -> dict[str, Digest]:
+def _layers_of(config: ConfigDocument) -> dict[str, Digest]:
     """Return the streams of the layers by diff id, in the order of the first use of each."""
     layers = {}
     for diff_id in config.config.diff_ids:
@@ -293,11 +302,10 @@ def _verify_layer(repository: Repository, diff_id: str, stream: Digest) -> None:
     state = new_hash(diff_id)
     if state is None:
         return
-    fd = repository.objects.open_object(stream)
-    with SplitStream(fd, repository.algorithm) as layer:
+    with open_stored_stream(repository, stream) as layer:
         for data in layer.contents(repository.objects):
             state.update(data)
-    found = f"{diff_id.partition(':')[0]}:{state.hexdigest()}"
+    found = digest_from(state)
     if found != diff_id:
         msg = f"Layer has incorrect checksum: expected {diff_id}, found {found}"
         raise IntegrityError(msg)

@@ -13,6 +13,7 @@ from cfs.oci.layers import find_layer
 from cfs.oci.tar import Kind, make_absolute
 from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_format import ContentType
+from cfs.repository.streams import open_stored_stream
 
 if TYPE_CHECKING:
     from cfs.repository.repository import Repository
@@ -120,7 +121,7 @@ def _find(repository: "Repository", diff_id: str) -> Digest:
 
 
 def _open(repository: "Repository", digest: Digest) -> SplitStream:
-    stream = SplitStream(repository.objects.open_object(digest), repository.algorithm)
+    stream = open_stored_stream(repository, digest)
     if stream.content_type != ContentType.LAYER:
         stream.close()
         msg = f"Invalid splitstream content type {stream.content_type!r}: this is no tar"

@@ -3,23 +3,27 @@
 Nothing is registered before all of a blob was read and found to be what was promised.
 """
 
+import io
+import os
+import select
+import stat
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
 from cfs.errors import FormatError, IntegrityError, NotFoundError, UnsupportedError
 from cfs.objectdir import Method
 from cfs.oci.compression import decompress
 from cfs.oci.manifest import Compression
-from cfs.oci.reference import new_hash
+from cfs.oci.reference import digest_from, require_hash
 from cfs.oci.statistics import Statistics
 from cfs.oci.tar_import import import_tar
 from cfs.repository.splitstream_format import ContentType
 from cfs.repository.splitstream_writer import SplitStreamWriter
-from cfs.repository.streams import find_stream, register_stream
+from cfs.repository.streams import find_stream, open_stored_stream, register_stream
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -32,6 +36,7 @@ __all__ = [
     "Progress",
     "Statistics",
     "find_layer",
+    "find_typed_layer",
     "import_blob",
     "import_layer",
     "layer_name",
@@ -41,7 +46,6 @@ Progress = Callable[[int], None]
 """Gets the number of bytes of a blob that were read, in whatever thread reads it."""
 
 _PREFIX = "oci-layer-"
-_READ_SIZE = 1 << 20
 _NR_AHEAD = 4  # pieces of one MiB
 
 
@@ -75,6 +79,26 @@ def find_layer(repository: "Repository", diff_id: str) -> "Digest | None":
         return None
 
 
+def find_typed_layer(repository: "Repository", digest: str, content_type: bytes) -> "Digest | None":
+    """Return the stream of a layer, if it is there and can be used as one of that type.
+
+    The blob of an artifact may have the digest that is the diff id of a layer.  The stream is
+    read and its objects are looked for, so that storing it again brings back what was lost or
+    damaged; what is in the objects is left to fsck.
+
+    Raises:
+        OSError: reading failed.
+    """
+    with suppress(NotFoundError, FormatError, IntegrityError):
+        stream = find_layer(repository, digest)
+        if stream is not None and repository.objects.is_sound(stream):
+            with open_stored_stream(repository, stream) as layer:
+                is_usable = layer.content_type == content_type
+                if is_usable and all(map(repository.objects.has, layer.object_refs)):
+                    return stream
+    return None
+
+
 def import_layer(
     repository: "Repository",
     blob: BinaryIO,
@@ -99,11 +123,11 @@ def import_layer(
         UnsupportedError: there are sparse files in it, or the digest cannot be checked.
         OSError: reading or writing failed.
     """
-    digesting = _new_hash(diff_id)
-    pieces = decompress(_watched(blob, progress), compression)
+    digesting = None if diff_id is None else require_hash(diff_id, "layer")
     with (
+        closing(_Watched(blob, progress)) as watched,
         SplitStreamWriter(repository, ContentType.LAYER) as writer,
-        closing(_read_ahead(_hashed(pieces, digesting))) as ahead,
+        closing(_read_ahead(watched, compression, digesting)) as ahead,
     ):
         with _naming(diff_id):
             statistics = import_tar(repository.objects, writer, ahead)
@@ -131,19 +155,18 @@ def import_blob(
         UnsupportedError: the digest cannot be checked.
         OSError: reading or writing failed.
     """
-    digesting = _new_hash(digest)
+    digesting = require_hash(digest, "layer")
     statistics = Statistics()
     with (
+        closing(_Watched(blob, progress)) as watched,
         SplitStreamWriter(repository, ContentType.BLOB) as writer,
         repository.objects.create() as contents,
     ):
         size = 0
-        pieces = decompress(_watched(blob, progress), Compression.NONE)
-        for piece in _hashed(pieces, digesting):
+        for piece in _hashed(decompress(watched, Compression.NONE), digesting):
             contents.write(piece)
             size += len(piece)
-        if digesting is not None:
-            _check_digest(digest, digesting)
+        _check_digest(digest, digesting)
         stored, is_new = contents.commit()
         statistics.count(Method.COPIED if is_new else Method.PRESENT, size)
         writer.write_object(stored, size)
@@ -152,18 +175,8 @@ def import_blob(
     return ImportedLayer(stream, statistics)
 
 
-def _new_hash(digest: str | None) -> "_Hash | None":
-    if digest is None:
-        return None
-    digesting = new_hash(digest)
-    if digesting is None:
-        msg = f"layer {digest}: digests of this algorithm cannot be checked"
-        raise UnsupportedError(msg)
-    return digesting
-
-
 def _check_digest(expected: str, digesting: "_Hash") -> None:
-    found = f"{digesting.name}:{digesting.hexdigest()}"
+    found = digest_from(digesting)
     if found != expected:
         msg = f"layer integrity failed: expected {expected}, got {found}"
         raise IntegrityError(msg)
@@ -182,22 +195,43 @@ def _naming(diff_id: str | None) -> Iterator[None]:
 
 
 class _Watched:
-    """A blob that tells how much of it was read."""
+    """A blob that tells how much of it was read, and whose reader need not wait for ever."""
 
-    def __init__(self, blob: BinaryIO, progress: Progress) -> None:
-        self._blob = blob
+    def __init__(self, blob: BinaryIO, progress: Progress | None) -> None:
+        # with a buffer, poll would not see all, and reading would wait for more than there is
+        self._read = blob.read1 if isinstance(blob, io.BufferedReader) else blob.read
         self._progress = progress
+        self._poll = select.poll() if _may_block(blob) else None
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        if self._poll is not None:
+            self._poll.register(blob, select.POLLIN)
+            self._poll.register(self._stop_fd, select.POLLIN)
 
     def read(self, size: int) -> bytes:
-        data = self._blob.read(size)
-        if data:
+        """Return the next bytes; none at the end, or once this was stopped."""
+        if self._poll is not None and self._stop_fd in dict(self._poll.poll()):
+            return b""
+        data = self._read(size)
+        if data and self._progress is not None:
             self._progress(len(data))
         return data
 
+    def stop(self) -> None:
+        """Have a reader in another thread end, even if it waits for a pipe."""
+        os.eventfd_write(self._stop_fd, 1)
 
-def _watched(blob: BinaryIO, progress: Progress | None) -> BinaryIO:
-    # nothing but read() is used of it
-    return blob if progress is None else cast("BinaryIO", _Watched(blob, progress))
+    def close(self) -> None:
+        """Close what belongs to this; the blob does not."""
+        os.close(self._stop_fd)
+
+
+def _may_block(blob: BinaryIO) -> bool:
+    """Whether reading may wait for another process, as it does at a pipe."""
+    try:
+        mode = os.fstat(blob.fileno()).st_mode
+    except io.UnsupportedOperation:  # no file of its own
+        return False
+    return not stat.S_ISREG(mode)
 
 
 def _hashed(pieces: Iterator[bytes], digesting: "_Hash | None") -> Iterator[bytes]:
@@ -207,8 +241,11 @@ def _hashed(pieces: Iterator[bytes], digesting: "_Hash | None") -> Iterator[byte
         yield piece
 
 
-def _read_ahead(pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
-    """Yield the same, made by another thread; once this is closed, that thread has ended."""
+def _read_ahead(
+    blob: _Watched, compression: Compression, digesting: "_Hash | None"
+) -> Generator[bytes, None, None]:
+    """Yield the tar, read by another thread; once this is closed, that thread has ended."""
+    pieces = _hashed(decompress(blob, compression), digesting)
     reader = ThreadPoolExecutor(1)
     try:
         ahead = deque(reader.submit(next, pieces, b"") for _ in range(_NR_AHEAD))
@@ -216,4 +253,5 @@ def _read_ahead(pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
             ahead.append(reader.submit(next, pieces, b""))
             yield piece
     finally:
+        blob.stop()
         reader.shutdown(cancel_futures=True)

@@ -36,6 +36,7 @@ __all__ = [
     "Manifest",
     "Platform",
     "convert_docker",
+    "diff_ids_of",
     "layer_compression",
     "layer_type",
     "native_platform",
@@ -276,6 +277,20 @@ class Config:
             ),
             labels=_parse_map(running, "Labels", inner_where),
         )
+
+
+def diff_ids_of(manifest: Manifest, config: bytes) -> tuple[str, ...]:
+    """Return the diff ids of a container image: as many as its manifest has layers.
+
+    Raises:
+        FormatError: the config is broken, or tells another number of layers.
+    """
+    diff_ids = Config.parse(config).diff_ids
+    nr_layers = len(manifest.layers)
+    if len(diff_ids) != nr_layers:
+        msg = f"manifest and config disagree: {nr_layers} layers, but {len(diff_ids)} diff ids"
+        raise FormatError(msg)
+    return diff_ids
 
 
 def convert_docker(manifest: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Pulling an image into a store (spec repository 5.4).
 
 Everything that gets a name is complete and has the digest of its name: layers are registered one
-by one when their contents were verified, then configuration, manifest and image, then the tag.
+by one when their contents were verified, then image, configuration and manifest, then the tag.
 So an interrupted pull leaves layers that the next one finds.
 
 The caller's thread waits; a pool of threads imports layers, the largest first.
@@ -19,16 +19,23 @@ from typing import BinaryIO
 from cfs.digest import Digest
 from cfs.errors import FormatError, IntegrityError, InvalidRequestError, NotFoundError
 from cfs.oci.documents import config_of, load_config, load_manifest
-from cfs.oci.finalize import find_typed_layer, store_image
+from cfs.oci.finalize import store_image
 from cfs.oci.images import BootImage, link_boot_image
 from cfs.oci.layers import (
     ImportedLayer,
     Statistics,
+    find_typed_layer,
     import_blob,
     import_layer,
     layer_name,
 )
-from cfs.oci.manifest import Compression, Config, Descriptor, Manifest, layer_compression
+from cfs.oci.manifest import (
+    Compression,
+    Descriptor,
+    Manifest,
+    diff_ids_of,
+    layer_compression,
+)
 from cfs.oci.reference import check_tag
 from cfs.oci.sources import (
     ImportingSource,
@@ -245,10 +252,7 @@ class _Pull:
         self._tell(Message(f"{len(blobs)} layers"))
         if not self.manifest.is_container:
             return [_plan_layer(index, blob, None) for index, blob in enumerate(blobs)]
-        diff_ids = Config.parse(config).diff_ids
-        if len(diff_ids) != len(blobs):
-            msg = f"manifest and config disagree: {len(blobs)} layers, but {len(diff_ids)} diff ids"
-            raise FormatError(msg)
+        diff_ids = diff_ids_of(self.manifest, config)
         return [
             _plan_layer(index, blob, diff_id)
             for index, (blob, diff_id) in enumerate(zip(blobs, diff_ids, strict=True))

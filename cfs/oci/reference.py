@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from cfs.errors import FormatError, IntegrityError, InvalidRequestError
+from cfs.errors import FormatError, IntegrityError, InvalidRequestError, UnsupportedError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -63,13 +63,31 @@ def new_hash(digest: str) -> "_Hash | None":
     return hashlib.new(algorithm) if algorithm in _HEX_SIZES else None
 
 
+def require_hash(digest: str, what: str) -> "_Hash":
+    """Return an empty hash object of a digest's algorithm.
+
+    Raises:
+        UnsupportedError: nobody here can compute digests of that algorithm.
+    """
+    digesting = new_hash(digest)
+    if digesting is None:
+        msg = f"{what} {digest}: digests of this algorithm cannot be checked"
+        raise UnsupportedError(msg)
+    return digesting
+
+
+def digest_from(digesting: "_Hash") -> str:
+    """Return the digest of what a hash object was given."""
+    return f"{digesting.name}:{digesting.hexdigest()}"
+
+
 def digest_like(data: bytes, digest: str) -> str:
     """Return the digest of data in the algorithm of another digest, or a sha256."""
     digesting = new_hash(digest)
     if digesting is None:
         return digest_of(data)
     digesting.update(data)
-    return f"{digesting.name}:{digesting.hexdigest()}"
+    return digest_from(digesting)
 
 
 def check_content(data: bytes, digest: str, what: str) -> None:

@@ -26,7 +26,7 @@ __all__ = ["import_tar"]
 
 _MAX_WRITERS = 4
 _MAX_BATCHES = 4  # that wait
-_BATCH_SIZE = 1 << 20  # bytes of contents
+_BATCH_SIZE = 1 << 20  # bytes of contents and of the inline data between them
 _BATCH_LENGTH = 64  # objects
 _LARGE_SIZE = 8 << 20  # larger contents are never in memory as a whole
 _PIECE_SIZE = 1 << 20
@@ -152,8 +152,9 @@ class _Importer:
             return
         contents = self._source.read_contents(size)
         _check_size(size, len(contents))
-        self._batch.append((self._pop_inline(), contents))
-        self._batch_size += size
+        inline = self._pop_inline()
+        self._batch.append((inline, contents))
+        self._batch_size += len(inline) + size
         if self._batch_size >= _BATCH_SIZE or len(self._batch) >= _BATCH_LENGTH:
             self._submit()
 

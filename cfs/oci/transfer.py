@@ -17,14 +17,13 @@ from cfs.fsverity import compute_file_digest
 from cfs.linux.files import Resolve, openat2
 from cfs.objectdir import Method
 from cfs.oci.layers import ImportedLayer, Statistics, layer_name
-from cfs.oci.reference import new_hash
+from cfs.oci.reference import digest_from, require_hash
 from cfs.oci.splitdir import Chunk, Contents, File, Inline
 from cfs.oci.tar import INLINE_SIZE
 from cfs.repository.repository import Repository
-from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_format import COPY_SIZE, ContentType
 from cfs.repository.splitstream_writer import SplitStreamWriter
-from cfs.repository.streams import register_stream
+from cfs.repository.streams import open_stored_stream, register_stream
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -50,8 +49,7 @@ def send_layer(
         NotFoundError: an object is missing.
         IntegrityError: an object is not what its name says.
     """
-    fd = repository.objects.open_object(stream)
-    with SplitStream(fd, repository.algorithm) as layer:
+    with open_stored_stream(repository, stream) as layer:
         for chunk in layer.chunks():
             if isinstance(chunk, bytes):
                 yield Inline(chunk)
@@ -100,15 +98,12 @@ def receive_layer(
         UnsupportedError: we cannot compute such digests, or a file had to be copied.
         OSError: reading or writing failed.
     """
-    content_hash = new_hash(digest)
-    if content_hash is None:
-        msg = f"layer {digest}: digests of this algorithm cannot be checked"
-        raise UnsupportedError(msg)
+    content_hash = require_hash(digest, "layer")
     with SplitStreamWriter(repository, ContentType.LAYER) as writer:
         receiver = _Receiver(repository, writer, content_hash, directories, zerocopy=zerocopy)
         for chunk in chunks:
             receiver.receive(chunk)
-        found = f"{digest.partition(':')[0]}:{content_hash.hexdigest()}"
+        found = digest_from(content_hash)
         if covers_contents and found != digest:
             msg = f"layer {digest}: its contents have the digest {found}"
             raise IntegrityError(msg)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from cfs.digest import Digest
 from cfs.errors import FormatError
 
-__all__ = ["find_digest", "format_argument"]
+__all__ = ["find_digest", "format_argument", "names_image"]
 
 _FORMAT_2 = 2
 _DIGEST_KEY = "composefs.digest="
@@ -26,6 +26,11 @@ def format_argument(digest: Digest, version: int, *, is_secure: bool) -> str:
     if version == _FORMAT_2:
         return f"{_KEY}{mark}{digest}"
     return f"{_DIGEST_KEY}{mark}v1-{digest.algorithm.name.lower()}-12:{digest}"
+
+
+def names_image(argument: str) -> bool:
+    """Whether a kernel argument says which image to boot."""
+    return argument.startswith((_DIGEST_KEY, _KEY))
 
 
 def find_digest(arguments: Iterable[str]) -> Digest | None:

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import PurePath
 
 from cfs.digest import Algorithm
-from cfs.errors import CfsError, ConflictError, InvalidRequestError, NotFoundError
+from cfs.errors import ConflictError, InvalidRequestError, NotFoundError, explaining
 from cfs.repository.locks import LockedDirectory
 from cfs.repository.metadata import Metadata, format_algorithm
 from cfs.repository.metafile import NAME, create_metadata, read_metadata
@@ -78,7 +78,7 @@ def init(
     doing = "Ensuring" if ensure else "Initializing"
     begin = _reset if reset else _init
     # PurePath: "store/." and "store//" are "store", and no parent of it
-    with _directories(str(PurePath(path))), _during(f"{doing} repository at {path}"):
+    with _directories(str(PurePath(path))), explaining(f"{doing} repository at {path}"):
         directory = LockedDirectory.open(path)
         try:
             return begin(directory.fd, wanted, is_secure=is_secure, ensure=ensure)
@@ -107,16 +107,6 @@ def _directories(path: str) -> Iterator[None]:
             with suppress(OSError):
                 os.rmdir(directory)
         raise
-
-
-@contextmanager
-def _during(what: str) -> Iterator[None]:
-    """Say what was being done when an error of ours came."""
-    try:
-        yield
-    except CfsError as error:
-        msg = f"{what}: {error}"
-        raise type(error)(msg) from None
 
 
 def _reset(directory_fd: int, wanted: Metadata, *, is_secure: bool, ensure: bool) -> InitResult:

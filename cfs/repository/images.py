@@ -5,7 +5,7 @@ refers to are durable.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -23,11 +23,12 @@ __all__ = [
     "NamedImage",
     "check_image_name",
     "commit_image",
-    "commit_images",
     "image_objects",
     "import_image",
+    "link_images",
     "list_images",
     "open_image",
+    "put_images",
 ]
 
 
@@ -61,28 +62,28 @@ def commit_image(repository: Repository, root: Directory, name: str | None = Non
         FormatError: the tree has no form in one of the formats, or none that can be read.
         OSError: the store cannot be written to.
     """
-    return commit_images(repository, root, name=name)[repository.formats.default]
+    path = None if name is None else check_image_name(name)
+    digests = list(put_images(repository, root).values())
+    link_images(repository, digests, path)
+    return digests[0]
 
 
-def commit_images(
-    repository: Repository,
-    root: Directory,
-    *,
-    formats: Formats | None = None,
-    name: str | None = None,
+def put_images(
+    repository: Repository, root: Directory, formats: Formats | None = None
 ) -> dict[int, Digest]:
-    """Write a tree as an image in several formats; return the digests, the default first.
+    """Store a tree as an image in several formats, without links; return the digests.
 
     Args:
         repository: as for :func:`commit_image`, and so are the errors.
         root: the tree.
         formats: in place of those of the store.
-        name: for the image in the default format.
+
+    Returns:
+        The digests by format, the default first.
     """
     from cfs.erofs import View, parse_image  # noqa: PLC0415 - listing does without numpy
     from cfs.erofs.writer import Rules, write_image  # noqa: PLC0415
 
-    path = None if name is None else check_image_name(name)
     repository.check_writable()
     _check_whiteouts(root)
     formats = formats or repository.formats
@@ -93,7 +94,6 @@ def commit_images(
         # composefs-rs writes a few that nothing can read, and we write what it writes
         parse_image(data, f"image of format {version}", view=View.RAW)
         digests[version] = repository.objects.put_bytes(data)
-    _link(repository, list(digests.values()), path)
     return digests
 
 
@@ -121,7 +121,7 @@ def import_image(repository: Repository, data: bytes, name: str) -> Digest:
             )
             raise FormatError(msg)
     digest = repository.objects.put_bytes(data)
-    _link(repository, [digest], path)
+    link_images(repository, [digest], path)
     return digest
 
 
@@ -137,8 +137,20 @@ def _check_whiteouts(root: Directory) -> None:
             seen.add(id(inode))
 
 
-def _link(repository: Repository, digests: list[Digest], name: bytes | None) -> None:
-    """Make entries of images, and a name for the first one."""
+def link_images(
+    repository: Repository, digests: Sequence[Digest], name: bytes | None = None
+) -> None:
+    """Make the entries of images that were stored, which are made durable before.
+
+    Args:
+        repository: the store.
+        digests: of the images.
+        name: for the first one, see :func:`check_image_name`.
+
+    Raises:
+        ConflictError: something that is no link has the name.
+        OSError: syncing or linking failed.
+    """
     repository.sync()
     category = IMAGES.encode()
     for digest in digests:

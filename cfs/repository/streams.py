@@ -1,12 +1,22 @@
 """Streams by name (spec repository 3.7): register and find."""
 
+from collections.abc import Mapping
+
 from cfs.digest import Digest
 from cfs.errors import FormatError, InvalidRequestError, NotFoundError
 from cfs.repository.refs import REFS, STREAMS, check_name, object_of_target, read_link, set_link
 from cfs.repository.repository import Repository
 from cfs.repository.splitstream import SplitStream
 
-__all__ = ["find_stream", "has_stream", "open_stream", "register_stream", "stream_of_target"]
+__all__ = [
+    "find_stream",
+    "has_stream",
+    "open_stored_stream",
+    "open_stream",
+    "register_stream",
+    "register_streams",
+    "stream_of_target",
+]
 
 _TOP = STREAMS.encode() + b"/"
 _REFS = REFS + b"/"
@@ -26,15 +36,30 @@ def register_stream(
         ConflictError: something else than a link has the name.
         OSError: syncing or linking failed.
     """
+    ref = None if name is None else check_name(name)
+    register_streams(repository, {content_id: digest})
+    if ref is not None:
+        set_link(repository.fd, _TOP + _REFS + ref, _TOP + check_name(content_id))
+
+
+def register_streams(repository: Repository, streams: Mapping[str, Digest]) -> None:
+    """Give several streams their content identifiers, in this order, after one sync.
+
+    Raises:
+        As :func:`register_stream`.
+    """
+    paths = {_check_content_id(content_id): digest for content_id, digest in streams.items()}
+    repository.sync()
+    for path, digest in paths.items():
+        set_link(repository.fd, _TOP + path, b"objects/" + digest.object_path)
+
+
+def _check_content_id(content_id: str) -> bytes:
     path = check_name(content_id)
     if b"/" in path or path == REFS:
         msg = f"content identifier {content_id!r}: a slash is not allowed, nor is 'refs'"
         raise InvalidRequestError(msg)
-    ref = None if name is None else check_name(name)
-    repository.sync()
-    set_link(repository.fd, _TOP + path, b"objects/" + digest.object_path)
-    if ref is not None:
-        set_link(repository.fd, _TOP + _REFS + ref, _TOP + path)
+    return path
 
 
 def has_stream(repository: Repository, content_id: str) -> bool:
@@ -90,8 +115,19 @@ def open_stream(repository: Repository, name: str) -> SplitStream:
         FormatError: it is broken, or the name leads to something else.
         IntegrityError: the object is not what its name says.
     """
-    fd = repository.objects.open_object(find_stream(repository, name))
-    return SplitStream(fd, repository.algorithm)
+    return open_stored_stream(repository, find_stream(repository, name))
+
+
+def open_stored_stream(repository: Repository, digest: Digest) -> SplitStream:
+    """Open a stream by the digest of its object, which is verified where the kernel can.
+
+    Raises:
+        NotFoundError: its object is missing.
+        FormatError: it is broken.
+        IntegrityError: the object is not what its name says.
+        OSError: it cannot be read.
+    """
+    return SplitStream(repository.objects.open_object(digest), repository.algorithm)
 
 
 def _find(repository: Repository, path: bytes) -> Digest | None:

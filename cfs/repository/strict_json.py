@@ -86,7 +86,10 @@ def parse_integer(fields: Mapping[str, Any], key: str, where: str, values: Conta
     """
     value = fields.get(key)
     if type(value) is not int or value not in values:  # True is an int, too
-        msg = f"{where}: {key}: found {_find(fields, key)}, expected one of {values}"
+        expected = f"expected one of {values}"
+        if isinstance(values, range):
+            expected = f"expected an integer from {values[0]} to {values[-1]}"
+        msg = f"{where}: {key}: found {_find(fields, key)}, {expected}"
         raise FormatError(msg)
     return value
 

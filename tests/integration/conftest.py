@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -186,3 +187,20 @@ def cfs(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[.
 
     assert run_cfs("init", "--insecure").returncode == 0
     return run_cfs
+
+
+@pytest.fixture
+def ground() -> Iterator[Path]:
+    """A directory in memory if possible: the kernel survives, so syncs only cost time here."""
+    memory = Path("/dev/shm")
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def repo(tmp_path: Path, cfsctl: Callable[..., object]) -> Path:
+    """A store as upstream's tests make it, with the ``cfsctl`` of a module."""
+    path = tmp_path / "repo"
+    cfsctl("--repo", path, "init", "--insecure", "--erofs-version", "2")
+    return path

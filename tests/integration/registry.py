@@ -216,6 +216,8 @@ def hostile_registry() -> Iterator[HostileRegistry]:
             pass
 
     class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = False  # they are waited for in the end, with their descriptors
+
         @override
         def handle_error(self, *where: object) -> None:
             """Who is given too much goes away."""

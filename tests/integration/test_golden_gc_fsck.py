@@ -4,11 +4,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from cfs.cli.cfsctl import run
+from tests.command_line import Result, run_text
 from tests.stores import ALGORITHMS, STORES, copy_store, damage, list_paths, load, unpack_store
 
 Case = dict[str, Any]
@@ -22,12 +22,6 @@ FOUND_BY_US = {
 }
 
 
-class Result(NamedTuple):
-    status: int
-    stdout: str
-    stderr: str
-
-
 Cfsctl = Callable[..., Result]
 
 
@@ -36,8 +30,7 @@ def cfsctl(capsys: pytest.CaptureFixture[str]) -> Cfsctl:
     """Run a command in this process."""
 
     def call(store: Path, *arguments: str) -> Result:
-        status = run(["--repo", str(store), *arguments])
-        return Result(status, *capsys.readouterr())
+        return run_text(capsys, "--repo", store, *arguments)
 
     return call
 

@@ -131,6 +131,16 @@ def test_layer_that_is_there_is_only_named(store: Store, tmp_path: Path) -> None
     assert link.resolve().is_file()
 
 
+def test_layer_that_was_damaged_is_read_again(store: Store, tmp_path: Path) -> None:
+    diff_id, layer = layer_of("fixture")
+    whole = store.oci("import-layer", diff_id, stdin=layer)
+    stream = (tmp_path / "store" / "streams" / f"oci-layer-{diff_id}").resolve()
+    data = stream.read_bytes()
+    stream.write_bytes(data[:-1] + b"?")
+    assert store.oci("import-layer", diff_id, stdin=layer) == whole
+    assert stream.read_bytes() == data
+
+
 def test_import_with_a_name(store: Store, tmp_path: Path) -> None:
     diff_id, layer = layer_of("fixture")
     assert store.oci("import-layer", diff_id, "name", stdin=layer)[0] == 0

@@ -4,14 +4,13 @@ Where 0.9 is wrong (own marks of spec repository 5) we differ, and each of these
 """
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from cfs.cli.cfsctl import run
+from tests.command_line import Result, run_text
 from tests.paths import DATA
 
 Case = dict[str, Any]
@@ -39,24 +38,11 @@ REFUSED = {
 OWN_TESTS = ("artifacts", "artifact-no-platform")
 EXACT = [name for name in CASES if name not in {*SAME_TREE, *REFUSED, *OWN_TESTS}]
 NOTHING_TO_DO = "\nobjects  0 new + 0 already present objects; 0 B stored, 0 B inlined\n"
-# refused by both, by us before a layer is stored
-NOTHING_LEFT = ("docker-layer-type", "too-few-diff-ids", "too-many-diff-ids")
-
-
-class Result(NamedTuple):
-    status: int
-    stdout: str
-    stderr: str
+# refused by both, by us before a layer is stored, or the documents of what has no image
+NOTHING_LEFT = ("docker-layer-type", "no-layers", "too-few-diff-ids", "too-many-diff-ids")
 
 
 Cfsctl = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top = tmp_path_factory.mktemp("layouts")
-    subprocess.run(["tar", "-xf", DATA / "oci" / "layouts.tar.zst"], cwd=top, check=True)
-    return top
 
 
 @pytest.fixture
@@ -67,8 +53,7 @@ def cfsctl(
     monkeypatch.chdir(layouts)
 
     def call(*arguments: str | Path) -> Result:
-        status = run([str(word) for word in arguments])
-        return Result(status, *capsys.readouterr())
+        return run_text(capsys, *arguments)
 
     return call
 

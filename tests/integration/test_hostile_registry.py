@@ -22,7 +22,7 @@ from tests.integration.registry import (
     streams,
 )
 from tests.integration.stores import CFSCTL
-from tests.integration.waiting import wait_for_end
+from tests.integration.waiting import wait_for_end, wait_until
 from tests.paths import CHECKOUT
 
 SECONDS = 300
@@ -134,7 +134,8 @@ def test_pull_ends_while_it_waits(
         blob.is_stuck = True
     command = [*CFSCTL, "--repo", str(tmp_path / "store"), "oci", "pull", "--tls-verify=false"]
     process = subprocess.Popen([*command, hostile.image], cwd=CHECKOUT, stderr=subprocess.DEVNULL)
-    assert hostile.is_asked.wait(SECONDS)
+    wait_until(lambda: hostile.is_asked.is_set() or process.poll() is not None, "nobody asks")
+    assert process.returncode is None
     tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [int(pid) for task in tasks for pid in task.read_text().split()]
     assert children
@@ -182,11 +183,13 @@ def diff_ids(registry: HostileRegistry, manifest: dict[str, dict[str, str]]) -> 
 
 FAKES = {
     "old": ("#!/bin/sh\necho 'unknown command' >&2; exit 1\n", "unknown command"),
-    "dead": ("#!/bin/sh\nkill -KILL $$\n", "SIGKILL"),
+    "dead": ("#!/bin/sh\nkill -KILL $$\n", "signal 9"),
+    "dead of a nameless signal": ("#!/bin/sh\nkill -40 $$\n", "signal 40"),
     "silent": ("#!/bin/sh\nexit 0\n", "exit status 0"),
     "chatty": ("#!/bin/sh\nyes | head -c 1000000 >&2\n", "exit status 0"),
     "previous": ('{"success":true,"value":"0.2.2","pipeid":0,"error":""}', "too old"),
     "no version": ('{"success":true,"value":[],"pipeid":0,"error":""}', "too old"),
+    "huge version": (f'{{"success":true,"value":"0.{"9" * 5000}"}}', "too old"),
     "no JSON": ("hello", "no JSON"),
     "deep": ("[" * 20_000, "JSON"),
     "no object": ("[]", "expected an object"),
@@ -220,6 +223,55 @@ def test_skopeo_that_does_not_work(
         (programs / "skopeo").chmod(0o755)
         assert expected in refused(cfs(*pull)), name
     assert streams(tmp_path) == set()
+
+
+# as skopeo's, but that it finds nothing wrong, and adds a byte to one blob
+LIAR = """#!/usr/bin/python3
+import json, os, pathlib, socket
+channel = socket.socket(fileno=0)
+blobs = pathlib.Path({layout!r}, "blobs/sha256")
+(entry,) = json.loads((blobs.parents[1] / "index.json").read_bytes())["manifests"]
+while message := channel.recv(40000):
+    request = json.loads(message)
+    value, digest, fds = None, None, []
+    if request["method"] == "Initialize":
+        value = "0.2.3"
+    elif request["method"] == "OpenImage":
+        value = 1
+    elif request["method"] == "GetManifest":
+        value = digest = entry["digest"]
+    elif request["method"] == "GetBlob":
+        digest, value = request["args"][1:]
+    if digest:
+        data = (blobs / digest[7:]).read_bytes() + b" " * (digest == {wrong!r})
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        fds.append(reader)
+    reply = {{"success": True, "value": value, "pipeid": len(fds), "error": ""}}
+    socket.send_fds(channel, [json.dumps(reply).encode()], fds)
+    for fd in fds:
+        os.close(fd)
+"""
+
+
+def test_skopeo_that_verifies_nothing(
+    layouts: Path, tmp_path: Path, cfs: Cfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layouts / "fixture"
+    (entry,) = json.loads((layout / "index.json").read_bytes())["manifests"]
+    digest = entry["digest"]
+    document = json.loads((layout / "blobs/sha256" / digest.removeprefix("sha256:")).read_bytes())
+    config, layer = document["config"]["digest"], document["layers"][0]["digest"]
+    program = tmp_path / "skopeo"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for wrong in (config, layer):
+        program.write_text(LIAR.format(layout=str(layout), wrong=wrong))
+        program.chmod(0o755)
+        assert wrong in refused(cfs("oci", "pull", "docker://127.0.0.1:1/image", "image"))
+        assert streams(tmp_path) == set()
+    program.write_text(LIAR.format(layout=str(layout), wrong=None))
+    assert pulled(cfs("oci", "pull", "docker://127.0.0.1:1/image", "image")) == digest
 
 
 def test_registry_that_does_not_answer(tmp_path: Path, cfs: Cfs) -> None:

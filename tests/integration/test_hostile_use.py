@@ -78,16 +78,18 @@ def use(store: Path, *words: str | bytes, stdin: bytes = b"") -> Done:
     return done
 
 
-def test_bad_names_are_refused_before_anything_is_written(store: Path) -> None:
-    image = next((store / "images").glob("[0-9a-f]*")).read_bytes()
+def test_bad_names_are_refused_before_anything_is_written(
+    store: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    image = next((store / "images").glob("[0-9a-f]*"))
+    tree = str(store.parent / "tree")
     before = content(store)
-    for name in BAD_NAMES:
-        for words in (["create-image", "tree"], ["import-image"]):
-            done = use(store, *words, name, stdin=image)
-            assert done.returncode == 1, name
-            assert ONE_LINE.fullmatch(done.stderr), name
-        for word in ("image-objects", "cat"):
-            assert ONE_LINE.fullmatch(use(store, word, name).stderr), name
+    for given in BAD_NAMES:
+        name = os.fsdecode(given)
+        for words in (["create-image", tree], ["import-image"], ["image-objects"], ["cat"]):
+            done = run_here(capfdbinary, "--repo", store, *words, name, stdin=image)
+            assert done.returncode == 1, (words, name)
+            assert ONE_LINE.fullmatch(done.stderr), (words, name)
     assert content(store) == before
 
 

@@ -6,8 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,15 +31,6 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     return library
-
-
-@pytest.fixture
-def ground() -> Iterator[Path]:
-    """A directory in memory if possible: the kernel survives, so syncs only cost time here."""
-    memory = Path("/dev/shm")
-    parent = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=parent) as directory:
-        yield Path(directory)
 
 
 def make_tree(path: Path) -> None:

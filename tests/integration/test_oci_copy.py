@@ -297,3 +297,14 @@ def test_copy_into_the_same_store_gives_a_second_name(stores: Stores, cfsctl: Cf
     store = stores.pulled("source")
     cfsctl(store, "oci", "copy", "app", "--from", str(store), "--name", "again")
     assert inspect(cfsctl, store, "again") == inspect(cfsctl, store, "app")
+
+
+def test_store_that_must_not_be_written_gets_nothing(stores: Stores, cfsctl: Cfsctl) -> None:
+    source, target = stores.pulled("source"), stores.empty("target")
+    metadata = json.loads((target / "meta.json").read_bytes())
+    metadata["features"]["read-only-compatible"].append("of the future")
+    (target / "meta.json").write_text(json.dumps(metadata))
+    before = sorted(target.rglob("*"))
+    for command in (["copy", "--from", str(source), "app"], ["pull", "oci:/nowhere", "app"]):
+        assert "of the future" in cfsctl(target, "oci", *command, status=1).stderr
+    assert sorted(target.rglob("*")) == before

@@ -7,11 +7,10 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
+import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -20,20 +19,15 @@ from cfs.errors import CfsError, IntegrityError, NotFoundError
 from cfs.oci.pull import Done, Event, Message, Progress, Pulled, Skipped, Started, pull
 from cfs.oci.sources import LocalFetch, SourceOptions
 from cfs.repository.repository import Repository
-from tests.command_line import command, environment
+from tests.command_line import Result, command, environment, run_text
 from tests.oci_layouts import TAR, Layout, digest_of, make_tar
 from tests.paths import CHECKOUT
 
 NR_KILLS = int(os.environ.get("CFS_KILLS", "20"))
 DEADLINE = 300
+WIDTH = 40  # of a terminal
 BASE = make_tar({"usr": None, "usr/a": b"a" * 100, "boot": None, "sysroot": None})
 TOP = make_tar({"usr/b": b"b" * 5000})
-
-
-class Result(NamedTuple):
-    status: int
-    stdout: str
-    stderr: str
 
 
 Cfsctl = Callable[..., Result]
@@ -60,8 +54,7 @@ def cfsctl(
     capsys.readouterr()
 
     def call(*arguments: str) -> Result:
-        status = run(["--repo", str(store), *arguments])
-        return Result(status, *capsys.readouterr())
+        return run_text(capsys, "--repo", store, *arguments)
 
     return call
 
@@ -378,6 +371,7 @@ def test_progress_on_a_terminal(store: Path, layout: Layout) -> None:
     shown = []
     for options in ((), ("-q",)):
         terminal, stderr = pty.openpty()
+        termios.tcsetwinsize(terminal, (24, WIDTH))  # in a pipe, stdout has none
         with open(terminal, "rb", buffering=0) as reader:
             done = subprocess.run(
                 [*words, *options, f"oci:{layout.path}:v1"],
@@ -393,6 +387,9 @@ def test_progress_on_a_terminal(store: Path, layout: Layout) -> None:
         assert done.returncode == 0, shown
     for tar in (BASE, TOP):
         assert f"{digest_of(tar)[:19]} stored" in shown[0]
+    bars = [line for line in shown[0].splitlines() if "[." in line or "[#" in line]
+    assert bars
+    assert {len(line.rpartition("\x1b[J")[2]) for line in bars} == {WIDTH - 1}
     assert shown[1] == ""
 
 
@@ -404,15 +401,6 @@ def _read(fd: int) -> str:
     except OSError:  # EIO: that is how terminals end
         pass
     return data.decode()
-
-
-@pytest.fixture
-def ground() -> Iterator[Path]:
-    """A directory in memory if possible: the kernel survives, so syncs only cost time here."""
-    memory = Path("/dev/shm")
-    parent = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=parent) as directory:
-        yield Path(directory)
 
 
 def test_killed_pull_can_be_repeated(ground: Path) -> None:

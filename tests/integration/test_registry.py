@@ -213,12 +213,16 @@ def test_platform_is_chosen(registry: Registry, layouts: Path, cfs: Cfs) -> None
         (entry,) = json.loads((layouts / name / "index.json").read_bytes())["manifests"]
         platform = {"os": "linux", "architecture": architecture}
         entries.append({**entry, "platform": platform})
+    entries[1]["platform"]["variant"] = "z1"
     put_index(registry, "list", entries)
     for architecture, entry in zip(names, entries, strict=True):
-        words = [*access, f"--arch={architecture}", registry.image("list:both")]
+        variant = entry["platform"].get("variant", "")
+        words = [*access, f"--arch={architecture}", f"--variant={variant}"]
+        words.append(registry.image("list:both"))
         assert pulled(cfs("oci", "pull", *words)) == entry["digest"]
-    words = [*access, "--os=plan9", registry.image("list:both")]
-    assert "plan9" in refused(cfs("oci", "pull", *words))
+    for wrong in ("--os=plan9", "--variant=z9"):
+        words = [*access, "--arch=s390x", wrong, registry.image("list:both")]
+        assert wrong.partition("=")[2] in refused(cfs("oci", "pull", *words))
 
 
 def put_index(registry: Registry, name: str, entries: Sequence[object]) -> None:

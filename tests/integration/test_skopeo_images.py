@@ -88,6 +88,17 @@ def storage_of_skopeo(layouts: Path, path: Path) -> Iterator[Path]:
             detach_mount(str(root / "overlay"))
 
 
+def spied_skopeo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have the words of skopeo written to a file."""
+    words = tmp_path / "words"
+    program = tmp_path / "programs/skopeo"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >>{words}\nexec {shutil.which("skopeo")} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return words
+
+
 @pytest.mark.usefixtures("root")
 def test_containers_storage(
     layouts: Path, tmp_path: Path, pull: Pull, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +107,8 @@ def test_containers_storage(
     expected = pull(f"oci:{layouts}/multi:v1", "layout")
     assert expected.returncode == 0, expected.stderr
     monkeypatch.setenv("CONTAINERS_STORAGE_ROOT", str(tmp_path / "storage/root"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     with storage_of_skopeo(layouts, tmp_path / "storage"):
         done = pull(image, "used", "--local-fetch=auto")
         assert done.returncode == 0, done.stderr
@@ -103,8 +116,12 @@ def test_containers_storage(
         if done.returncode:  # no reflinks, and no hard links from one mount to another
             assert b"root/overlay is a mount of its own" in done.stderr
         place = f"[overlay@{tmp_path}/storage/root+{tmp_path}/storage/run]"
+        given = spied_skopeo(tmp_path, monkeypatch)
+        monkeypatch.setenv("TMPDIR", str(scratch))
         done = pull(f"containers-storage:{place}localhost/image:v1", "skopeo")
         assert done.returncode == 0, done.stderr
+        assert f"--tmpdir={scratch}/cfs-" in given.read_text()  # skopeo leaves every layer there
+        assert list(scratch.iterdir()) == []
     check_same(tmp_path, "layout", "used", "skopeo")
     if not has_capability(Capability.DAC_READ_SEARCH):
         pytest.skip("needs CAP_DAC_READ_SEARCH: hard links to the files of others")

@@ -55,14 +55,6 @@ def check_failure(done: Done) -> None:
 
 
 @pytest.fixture
-def repo(tmp_path: Path, cfsctl: Cfsctl) -> Path:
-    """A store as upstream's tests make it."""
-    path = tmp_path / "repo"
-    cfsctl("--repo", path, "init", "--insecure", "--erofs-version", "2")
-    return path
-
-
-@pytest.fixture
 def rootfs(tmp_path: Path) -> Path:
     """A small root file system."""
     path = tmp_path / "rootfs"

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from tests.command_line import run_here
-from tests.oci_layouts import unpack_layouts
 from tests.paths import DATA
 
 Cfsctl = Callable[..., str]
@@ -40,11 +39,6 @@ BOOTABLE = (
     "bc0367c455dde5e5ceb694ea62a0dc2fe0470e641f5a12e48b79a0e4212954f0"
     "9ce8049c5bea8d5074e2c39374a5c87e8059c16fa30423f3430cde3100b8f701"
 )
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unpack_layouts(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture
@@ -70,14 +64,6 @@ def failing(capfdbinary: pytest.CaptureFixture[bytes]) -> Cfsctl:
         return done.stderr.decode()
 
     return run_badly
-
-
-@pytest.fixture
-def repo(tmp_path: Path, cfsctl: Cfsctl) -> Path:
-    """A store as upstream's tests make it."""
-    path = tmp_path / "repo"
-    cfsctl("--repo", path, "init", "--insecure", "--erofs-version", "2")
-    return path
 
 
 @pytest.fixture

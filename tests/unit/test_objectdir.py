@@ -573,3 +573,32 @@ def test_descriptors_are_closed(tmp_path: Path, source: int) -> None:
             writer.write(LARGE)
         objects.import_file(source, len(CONTENT))
     assert count() == before
+
+
+def test_what_is_sound_was_read(tmp_path: Path, store: ObjectDirectory) -> None:
+    digest = store.put_bytes(CONTENT)
+    assert store.is_sound(digest)
+    store.flush()
+    assert store.is_sound(digest)
+    path = path_of(tmp_path, digest)
+    for data in (b"x" + CONTENT[1:], CONTENT[:-1], CONTENT + b"x", b""):
+        path.write_bytes(data)
+        assert store.has(digest)
+        assert not store.is_sound(digest)
+    path.unlink()
+    assert not store.is_sound(digest)
+    path.mkdir()
+    assert not store.is_sound(digest)
+
+
+@pytest.mark.parametrize("data", [CONTENT, LARGE], ids=len)
+def test_writer_may_be_thorough(tmp_path: Path, store: ObjectDirectory, data: bytes) -> None:
+    digest = store.put_bytes(data)
+    store.flush()
+    for thorough in (False, True):
+        path_of(tmp_path, digest).write_bytes(b"x" + data[1:])
+        with store.create() as writer:
+            writer.write(data)
+            assert writer.commit(thorough=thorough) == (digest, thorough)
+        store.flush()
+        assert store.is_sound(digest) == thorough

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import click
 
 from cfs.cli.oci.references import parsed_by
+from cfs.cli.report import escape
 from cfs.cli.store import open_store
 from cfs.cli.strict import StrictCommand, find_global_options
-from cfs.errors import CfsError
+from cfs.errors import explaining
 from cfs.oci.reference import Reference
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def copy(
 
     with open_store(ctx, write=True) as target, _open_source(ctx, source) as origin:
         copied = copy_image(origin, target, image, name=name, zerocopy=zerocopy)
-    tagged = "" if name is None else f", tagged as {name}"
+    tagged = "" if name is None else f", tagged as {escape(name)}"
     shown = f"@{image.digest}" if image.tag is None else image.tag
-    click.echo(f"Copied image {shown} from {source} to destination repo{tagged}")
+    click.echo(f"Copied image {escape(shown)} from {escape(source)} to destination repo{tagged}")
     click.echo(f"Manifest digest: {copied.manifest_digest}")
     click.echo(f"Manifest verity: {copied.manifest_stream}")
     click.echo(f"Config digest:   {copied.config_digest}")
@@ -47,8 +48,5 @@ def _open_source(ctx: click.Context, path: str) -> "Repository":
     from cfs.repository.repository import Repository
 
     options = find_global_options(ctx)
-    try:
+    with explaining(f"opening source repository {path}"):
         return Repository.open(path, upgrade=options.upgrade, insecure=options.insecure)
-    except CfsError as error:
-        msg = f"opening source repository {path}: {error}"
-        raise type(error)(msg) from None

@@ -24,12 +24,13 @@ def import_layer(ctx: click.Context, /, diff_id: str, name: str | None) -> None:
     from cfs.oci import layers
     from cfs.oci.manifest import Compression
     from cfs.oci.tags import check_stream_name
+    from cfs.repository.splitstream_format import ContentType
     from cfs.repository.streams import register_stream
 
     if name is not None:
         check_stream_name(name)  # before all the work
     with open_store(ctx, write=True) as repository:
-        stream = layers.find_layer(repository, diff_id)
+        stream = layers.find_typed_layer(repository, diff_id, ContentType.LAYER)
         if stream is None:
             if sys.stdin.isatty():
                 msg = "stdin is a terminal: expected a tar"

@@ -1,6 +1,6 @@
 """How far a pull is: a line for each layer on stderr, only if that is a terminal."""
 
-import shutil
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class PullProgress:
         if not self._is_on:
             return
         # longer ones would be broken, and then there is no way back up
-        columns, rows = shutil.get_terminal_size()
+        columns, rows = _terminal_size()
         shown = [_format(name, layer)[: columns - 1] for name, layer in self._layers.items()]
         shown = shown[: max(rows - 1, 0)]
         text = _UP_AND_CLEAR.format(self._nr_shown) if self._nr_shown else ""
@@ -82,6 +82,15 @@ class PullProgress:
             sys.stderr.flush()
         except OSError:  # the terminal has gone: the command goes on
             self._is_on = False
+
+
+def _terminal_size() -> tuple[int, int]:
+    """Return columns and rows; stdout, whose size shutil tells, may be something else."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        columns, rows = 0, 0
+    return columns or 80, rows or 24  # a serial line knows nothing
 
 
 def _format(name: str, layer: _Layer) -> str:

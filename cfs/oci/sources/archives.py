@@ -14,7 +14,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from cfs.compat import override
-from cfs.errors import FormatError, InvalidRequestError, NotFoundError, UnsupportedError
+from cfs.errors import (
+    FormatError,
+    InvalidRequestError,
+    NotFoundError,
+    explaining,
+)
 from cfs.linux.files import owned
 from cfs.oci.compression import decompress
 from cfs.oci.manifest import Compression
@@ -169,11 +174,8 @@ def open_archive(path: str) -> Iterator[TarFiles]:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             msg = f"Opening archive {path}: expected a regular file"
             raise InvalidRequestError(msg)
-        try:
+        with explaining(f"archive {path}"):
             files = TarFiles(_unpack(fd, stack))
-        except (FormatError, UnsupportedError) as error:
-            msg = f"archive {path}: {error}"
-            raise type(error)(msg) from None
         yield files
 
 

@@ -9,13 +9,14 @@ What skopeo verifies is verified again: it is a program found in ``PATH``, of an
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import BinaryIO
 
 from cfs.errors import FormatError, UnsupportedError
-from cfs.oci.manifest import MAX_DOCUMENT_SIZE, Config, Descriptor, Manifest
+from cfs.oci.manifest import MAX_DOCUMENT_SIZE, Descriptor, Manifest, diff_ids_of
 from cfs.oci.reference import digest_of
 from cfs.oci.sources import Source, SourceOptions
 from cfs.oci.sources.skopeo_proxy import Proxies
@@ -24,6 +25,7 @@ from cfs.oci.sources.verified import open_verified, read_document
 __all__ = ["open_with_skopeo"]
 
 _STORAGE = "containers-storage"
+_REMOTE = ("docker", "registry", "dir")
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
@@ -40,11 +42,30 @@ def open_with_skopeo(image: str, options: SourceOptions) -> Iterator[Source]:
         image = f"docker://{rest.removeprefix('//')}"
     elif transport == _STORAGE:
         image = f"{transport}:{rest.removeprefix('sha256:')}"  # of a bare id
-    with closing(Proxies(image, _command(transport, options))) as proxies:
-        yield _SkopeoSource(proxies, transport)
+    with (
+        _scratch_directory(transport) as scratch,
+        closing(Proxies(image, _command(transport, options, scratch))) as proxies,
+    ):
+        yield _SkopeoSource(proxies, image)
 
 
-def _command(transport: str, options: SourceOptions) -> list[str]:
+@contextmanager
+def _scratch_directory(transport: str) -> Iterator[str | None]:
+    """Have a directory for temporary files of a transport that makes some.
+
+    The proxy never removes the layers that it has unpacked of storage (1.9.3), and no program
+    does when it is killed.
+    """
+    if transport in _REMOTE:
+        yield None
+        return
+    # as skopeo: /tmp is often too small
+    place = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="cfs-", dir=place) as directory:
+        yield directory
+
+
+def _command(transport: str, options: SourceOptions, scratch: str | None) -> list[str]:
     """Return the command of a proxy."""
     needed = ["skopeo"]
     if transport == _STORAGE and os.geteuid() != 0:
@@ -59,6 +80,7 @@ def _command(transport: str, options: SourceOptions) -> list[str]:
         *_ending_with_us(),
         *needed,
         *(f"--override-{name}={value}" for name, value in choices.items() if value),
+        *([] if scratch is None else [f"--tmpdir={scratch}"]),
         "experimental-image-proxy",
         *(f"--{name}={value}" for name, value in access.items() if value is not None),
     ]
@@ -79,13 +101,13 @@ def _ending_with_us() -> list[str]:
 class _SkopeoSource:
     """One image; a :class:`~cfs.oci.sources.StoppableSource`."""
 
-    def __init__(self, proxies: Proxies, transport: str) -> None:
+    def __init__(self, proxies: Proxies, image: str) -> None:
         """Open the image."""
         self._proxies = proxies
-        self._is_storage = transport == _STORAGE
+        self._is_storage = image.startswith(f"{_STORAGE}:")
         self._layers: Sequence[Descriptor] = ()
         with proxies.lease() as proxy:
-            pipe, original = proxy.fetch("GetManifest", what="manifest")
+            pipe, original = proxy.fetch("GetManifest", what=f"{image}: manifest")
             with pipe:
                 self._manifest = io.BufferedReader(pipe).read(MAX_DOCUMENT_SIZE + 1)
         if len(self._manifest) > MAX_DOCUMENT_SIZE:
@@ -118,10 +140,7 @@ class _SkopeoSource:
         """
         self._layers = manifest.layers
         if self._is_storage and manifest.is_container:
-            diff_ids = Config.parse(self.read_config(manifest)).diff_ids
-            if len(diff_ids) != len(self._layers):
-                msg = f"{len(self._layers)} layers, but {len(diff_ids)} diff ids"
-                raise FormatError(msg)
+            diff_ids = diff_ids_of(manifest, self.read_config(manifest))
             self._layers = tuple(
                 replace(layer, media_type=_TAR, digest=diff_id)
                 for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)

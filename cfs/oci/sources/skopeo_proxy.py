@@ -10,13 +10,14 @@ import fcntl
 import io
 import json
 import os
+import re
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from signal import Signals
 from typing import TYPE_CHECKING
 
 from cfs.compat import override
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipe", "Proxies", "Proxy"]
 
 _NEEDED = (0, 2, 3)  # version of the protocol
+_VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,9}")
 _MESSAGE_SIZE = 32 << 10  # maxMsgSize of skopeo's proxy.go
 _PIPE_SIZE = 1 << 20
 _SHOWN_SIZE = 600
@@ -131,16 +133,17 @@ class Proxy:
             SourceError: skopeo cannot open it.
         """
         try:
-            version, _, _ = self._call("Initialize")
+            version = self._ask("Initialize")
         except SourceError as error:
-            msg = f"skopeo has no image proxy that can be used: {error}"
+            msg = f"the image proxy of skopeo does not start: {error}"
             raise UnsupportedError(msg) from None
         if not isinstance(version, str) or _parse_version(version) < _NEEDED:
             needed = ".".join(map(str, _NEEDED))
-            msg = f"skopeo is too old: its image proxy has version {version}, expected {needed}"
+            found = _one_line(str(version))
+            msg = f"skopeo is too old: its image proxy has version {found}, expected {needed}"
             raise UnsupportedError(msg)
         try:
-            self._image, _, _ = self._call("OpenImage", image)
+            self._image = self._ask("OpenImage", image)
         except SourceError as error:
             msg = f"{image}: {error}"
             raise SourceError(msg) from None
@@ -162,8 +165,13 @@ class Proxy:
         Raises:
             SourceError: skopeo cannot fetch it.
         """
-        value, pipe, fd = self._call(method, self._image, *arguments)
-        if fd < 0:
+        try:
+            value, pipe, fd = self._call(method, self._image, *arguments)
+        except SourceError as error:
+            msg = f"{what}: {error}"
+            raise SourceError(msg) from None
+        if fd < 0 or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            self._drop(fd)
             msg = f"skopeo gave no pipe for {method}"
             raise SourceError(msg)
         contents = Pipe(self, fd, what, is_checked=is_checked)
@@ -180,9 +188,7 @@ class Proxy:
         Raises:
             SourceError: skopeo has found that something was wrong.
         """
-        _, _, fd = self._receive()
-        if fd >= 0:
-            os.close(fd)
+        self._drop(self._receive()[2])
 
     def kill(self) -> None:
         """Kill the process; another thread may use it."""
@@ -200,6 +206,17 @@ class Proxy:
             self._process.wait()
         os.close(self._log)
         self._log = -1
+
+    def _ask(self, method: str, *arguments: object) -> object:
+        """Return the value of a reply that comes without a pipe."""
+        value, _, fd = self._call(method, *arguments)
+        self._drop(fd)
+        return value
+
+    @staticmethod
+    def _drop(fd: int) -> None:
+        if fd >= 0:  # which nobody has asked for
+            os.close(fd)
 
     def _call(self, method: str, *arguments: object) -> tuple[object, object, int]:
         """Return value, number and descriptor (or -1) of the pipe."""
@@ -233,7 +250,7 @@ class Proxy:
         status = self._process.returncode
         how = "without a word" if status is None else f"with exit status {status}"
         if status is not None and status < 0:
-            how = f"by {Signals(-status).name}"
+            how = f"by signal {-status}"  # some have no names
         size = os.fstat(self._log).st_size
         log = os.pread(self._log, _SHOWN_SIZE, max(0, size - _SHOWN_SIZE))
         last = (log.decode(errors="replace").strip().splitlines() or [""])[-1]
@@ -294,8 +311,7 @@ def _parse_reply(message: bytes) -> tuple[object, object]:
 
 
 def _parse_version(text: str) -> tuple[int, ...]:
-    parts = text.split(".")
-    return tuple(int(part) for part in parts) if all(map(str.isdecimal, parts)) else ()
+    return tuple(map(int, text.split("."))) if _VERSION.fullmatch(text) else ()
 
 
 def _one_line(text: str) -> str:

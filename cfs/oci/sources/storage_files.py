@@ -82,9 +82,7 @@ class StorageLayer:
             found_size = os.fstat(file.fileno()).st_size
             pieces = iter(lambda: file.read(COPY_SIZE), b"")
             if found_size != member.size or compute_checksum(pieces) != member.checksum:
-                name = member.name.decode(errors="backslashreplace")
-                msg = f"file {name}: it was changed in the storage"
-                raise IntegrityError(msg)
+                raise _changed(member.name)
 
     def _open_split(self) -> BinaryIO:
         return open(_open_regular(self._root, self._split), "rb")
@@ -101,11 +99,17 @@ class StorageLayer:
             except OSError as error:
                 if error.errno in _MISSING:
                     continue
+                _refuse_outside(error, path)
+                if error.errno == errno.ENXIO:  # a socket
+                    raise _changed(name) from None
                 raise
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise _changed(name)
             if not _is_metacopy(fd):
                 return number, path, fd
             os.close(fd)
-        msg = f"file {name.decode(errors='backslashreplace')}: not in the storage"
+        msg = f"file {_show(name)}: not in the storage"
         raise NotFoundError(msg)
 
     def _search(self) -> Iterator[int]:
@@ -177,6 +181,24 @@ def _explaining(path: bytes) -> Iterator[None]:
     except FileNotFoundError:
         msg = f"not in the storage: {os.fsdecode(path)}"
         raise NotFoundError(msg) from None
+    except OSError as error:
+        _refuse_outside(error, path)
+        raise
+
+
+def _refuse_outside(error: OSError, path: bytes) -> None:
+    """Say what the error of the kernel means that a path leads out of its directory."""
+    if error.errno == errno.EXDEV:
+        msg = f"storage: {os.fsdecode(path)}: leads out of it"
+        raise FormatError(msg) from None
+
+
+def _changed(name: bytes) -> IntegrityError:
+    return IntegrityError(f"file {_show(name)}: it was changed in the storage")
+
+
+def _show(name: bytes) -> str:
+    return name.decode(errors="backslashreplace")
 
 
 def _is_metacopy(fd: int) -> bool:

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from cfs.compat import override
-from cfs.errors import FormatError, IntegrityError, UnsupportedError
+from cfs.errors import FormatError, IntegrityError
 from cfs.oci.manifest import MAX_DOCUMENT_SIZE
-from cfs.oci.reference import new_hash
+from cfs.oci.reference import digest_from, require_hash
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -44,11 +44,7 @@ class VerifyingReader(io.RawIOBase):
         self._expected_size = size
         self._read_size = 0
         self._is_verified = False
-        found = new_hash(digest)
-        if found is None:
-            msg = f"blob {digest}: digests of this kind are not supported"
-            raise UnsupportedError(msg)
-        self._hash = found
+        self._hash = require_hash(digest, "blob")
 
     @override
     def readable(self) -> bool:
@@ -102,9 +98,9 @@ class VerifyingReader(io.RawIOBase):
     def _verify(self) -> None:
         if self._read_size < self._expected_size:
             raise self._wrong_size(str(self._read_size))
-        found = self._hash.hexdigest()
-        if found != self._digest.partition(":")[2]:
-            msg = f"blob {self._digest}: what is there has the digest {self._hash.name}:{found}"
+        found = digest_from(self._hash)
+        if found != self._digest:
+            msg = f"blob {self._digest}: what is there has the digest {found}"
             raise IntegrityError(msg)
         self._is_verified = True
 

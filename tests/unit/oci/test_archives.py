@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfs.errors import (
@@ -327,6 +327,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+@settings(deadline=None)  # others use the machine
 @given(
     st.lists(st.tuples(st.integers(0, 12_000), st.binary(min_size=1, max_size=20)), max_size=4),
     st.none() | st.integers(0, 14_000),

@@ -9,16 +9,15 @@ import pytest
 from cfs.digest import Algorithm, Digest
 from cfs.errors import CfsError, FormatError, IntegrityError, NotFoundError
 from cfs.oci.document_streams import config_key
+from cfs.oci.document_updates import replace_images, update_config
 from cfs.oci.documents import (
+    ConfigDocument,
     config_of,
     find_manifest,
     image_key,
     linked_image,
     load_config,
     load_manifest,
-    replace_images,
-    write_config,
-    write_manifest,
 )
 from cfs.oci.manifest import MAX_DOCUMENT_SIZE
 from cfs.oci.reference import Reference, digest_of
@@ -29,9 +28,10 @@ from cfs.repository.splitstream_format import ContentType
 from cfs.repository.splitstream_writer import SplitStreamWriter
 from cfs.repository.streams import find_stream, open_stream, register_stream
 from cfs.transform.oci import XattrMode
-from tests.oci_documents import StoredImage
+from tests.oci_documents import ARTIFACT_TYPE, StoredImage, write_config, write_manifest
 
 OTHER = "sha256:" + "0" * 64
+OBJECT = Digest(bytes(32))  # that is in no store
 KEEP = XattrMode.KEEP_USER_XATTRS
 
 
@@ -236,3 +236,39 @@ def test_the_format_of_the_store_decides_which_image_counts(tmp_path: Path) -> N
             assert linked_image(repository, config) == images["composefs.image.v1"]
             boot = linked_image(repository, config, boot=True)
             assert boot == images["composefs.image.boot.v1"]
+
+
+def test_images_that_only_an_old_config_has_are_kept(repository: Repository) -> None:
+    """0.9 leaves manifests at a config that is no longer registered, with its images."""
+    images = make_images(repository, "old", "both", "new", "gone", "first", "second")
+    keys = {name: f"composefs.image.{name}" for name in images}
+    image = StoredImage(repository, note="left behind")
+    old = {keys["old"]: images["old"], keys["both"]: images["first"], keys["gone"]: OBJECT}
+    stream = write_config(repository, image.config, image.config_data, image.layers, old)
+    write_manifest(repository, image.digest, image.data, (image.config, stream), image.layers)
+    registered = {keys["both"]: images["second"]}
+    write_config(repository, image.config, image.config_data, image.layers, registered)
+    config = load_config(repository, image.config)
+    changed = replace_images(repository, config, {keys["new"]: images["new"]})
+    assert changed.images == {
+        keys["old"]: images["old"], keys["both"]: images["second"], keys["new"]: images["new"],
+    }  # fmt: skip
+    assert config_of(repository, load_manifest(repository, image.digest)) == changed
+
+
+def test_manifests_get_the_layers_of_their_kind(repository: Repository) -> None:
+    """An artifact may have the same document for a config, with layers of its own."""
+    image = StoredImage(repository, note="container")
+    artifact = StoredImage(
+        repository, (b"b", b"a", b"b"), config=image.config_data, config_type=ARTIFACT_TYPE
+    )
+    one, two = (name for name, _ in image.layers)
+    layers = {one: OBJECT, two: dict(image.layers)[two]}
+    document = ConfigDocument(digest=image.config, data=image.config_data, layers=layers, images={})
+    with repository.updating():
+        update_config(repository, document)
+    assert load_manifest(repository, image.digest).layers == layers
+    assert load_manifest(repository, artifact.digest).layers == dict(artifact.layers)
+    with open_stream(repository, f"oci-manifest-{artifact.digest}") as stream:
+        names = [config_key(image.config), *dict(artifact.layers)]
+        assert names_in_order(stream) == names

@@ -3,29 +3,19 @@
 import io
 import stat
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cfs.digest import Algorithm, Digest
+from cfs.digest import Digest
 from cfs.errors import CfsError, FormatError
 from cfs.oci.filesystem import TreeBuilder, build_tree, read_layer
 from cfs.oci.tar import Entry, Kind
-from cfs.repository.repository import Repository, init
+from cfs.repository.repository import Repository
 from cfs.repository.splitstream_format import ContentType
 from cfs.repository.splitstream_writer import SplitStreamWriter
 from cfs.tree import Directory, Link, Regular, inode_of, walk
 from tests.oci_cases import store_layer
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
-    path = str(tmp_path / "store")
-    init(path, algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
-    with Repository.open(path, insecure=True) as opened:
-        yield opened
 
 
 def make_entry(path: bytes, kind: Kind = Kind.DIRECTORY, **fields: object) -> Entry:
@@ -76,9 +66,11 @@ def store_stream(
 
 
 def test_directories_can_be_nested_deeper_than_python_recurses() -> None:
-    entries = [make_entry(b"/".join([b"d"] * level)) for level in range(1, 2500)]
+    entries = [make_entry(b"/".join([b"d"] * level)) for level in range(1, 2049)]
     root = build(*entries)
-    assert len(paths(root)) == 2500
+    assert len(paths(root)) == 2049
+    with pytest.raises(FormatError, match="2049 directories deep"):
+        build(*entries, make_entry(b"d/" * 2049))
 
 
 def test_a_hard_link_keeps_the_contents_of_a_name_that_is_gone() -> None:
@@ -162,8 +154,9 @@ def test_what_has_no_place_in_the_tree(
         {"target": b"x" * 5000, "kind": Kind.SYMLINK},
         {"xattrs": {b"user.x": b"x" * 5000}},
         {"xattrs": {b"user.%05000d" % 1: b""}},
+        {"xattrs": {b"%d" % number: b"" for number in range(40)}},
     ],
-    ids=lambda fields: next(iter(fields)),
+    ids=["path", "target", "value", "name", "xattrs"],
 )
 def test_entries_cannot_fill_the_memory(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]

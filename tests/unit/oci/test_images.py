@@ -10,7 +10,7 @@ import pytest
 
 from cfs.digest import Algorithm, Digest
 from cfs.errors import CfsError, FormatError, IntegrityError, InvalidRequestError, NotFoundError
-from cfs.oci.documents import StoredConfig, linked_image, load_config, write_manifest
+from cfs.oci.documents import StoredConfig, linked_image, load_config
 from cfs.oci.images import (
     BootImage,
     compute_image,
@@ -28,6 +28,7 @@ from cfs.repository.metadata import Formats
 from cfs.repository.repository import Repository, init
 from cfs.transform import XattrMode
 from tests.oci_cases import store_config, store_image, store_layer
+from tests.oci_documents import write_manifest
 from tests.oci_layouts import make_tar
 
 LAYER = make_tar({"usr": None, "boot": None, "sysroot": None, "boot/x": b"x", "f": b"y" * 100})

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfs.errors import FormatError
@@ -24,6 +24,7 @@ def read(data: bytes) -> list[Chunk]:
     return list(read_chunks(io.BytesIO(data)))
 
 
+@settings(deadline=None)  # others use the machine
 @given(CHUNKS)
 def test_what_was_written_is_read(chunks: list[Inline | File]) -> None:
     assert read(b"".join(map(format_chunk, chunks))) == chunks
@@ -82,6 +83,7 @@ def test_broken_streams(what: str) -> None:
         consume(read_chunks(io.BytesIO(data)))
 
 
+@settings(deadline=None)  # others use the machine
 @given(st.binary(max_size=100))
 def test_any_bytes_give_chunks_or_an_error(data: bytes) -> None:
     with suppress(FormatError):

@@ -150,6 +150,7 @@ REFUSED: dict[str, tuple[Sequence[Chunk], type[Exception]]] = {
     "outside": ([File(100, 0, b"../outside")], OSError),
     "absolute": ([File(100, 0, b"/etc/passwd")], OSError),
     "fifo": ([File(100, 0, b"fifo")], IntegrityError),
+    "fifo, which has no size": ([File(0, 0, b"fifo")], IntegrityError),
     "directory": ([File(100, 0, b"below")], IntegrityError),
     "something else": ([Inline(b"x"), File(100, 0, b"file")], IntegrityError),
     "nothing": ([], IntegrityError),

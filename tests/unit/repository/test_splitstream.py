@@ -5,7 +5,6 @@ import itertools
 import os
 import struct
 import tracemalloc
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from cfs.digest import Algorithm, Digest
 from cfs.errors import CfsError, FormatError, InvalidRequestError, NotFoundError
 from cfs.fsverity import compute_digest
-from cfs.repository.repository import Repository, init
+from cfs.repository.repository import Repository
 from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_format import ContentType, is_splitstream
 from cfs.repository.splitstream_writer import SplitStreamWriter
@@ -43,14 +42,6 @@ HAS_SAME_ZSTD = zstandard.ZSTD_VERSION >= (1, 5, 4)
 def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     top = tmp_path_factory.mktemp("golden")
     return {name: unpack_store(name, top / name) for name in ALGORITHMS}
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
-    path = str(tmp_path / "store")
-    init(path, algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
-    with Repository.open(path) as repository:
-        yield repository
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -142,7 +133,7 @@ def describe_chunks(stream: SplitStream) -> list[Any]:
     chunks: list[Any] = []
     for kind, group in itertools.groupby(stream.chunks(), type):
         if kind is bytes:
-            chunks.append({"inline": len(b"".join(cast("Iterator[bytes]", group)))})
+            chunks.append({"inline": len(b"".join(cast("tuple[bytes, ...]", tuple(group))))})
         else:
             chunks += [stream.object_refs.index(ref) for ref in group]
     return chunks
