@@ -18,6 +18,7 @@ through cfs untouched.
 """
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,8 +33,12 @@ __all__ = [
     "NotFoundError",
     "SourceError",
     "UnsupportedError",
+    "describe",
+    "escape",
     "explaining",
 ]
+
+_MAX_MESSAGE_SIZE = 4096  # characters: what an error quotes from a document may have millions
 
 
 class CfsError(Exception):
@@ -106,3 +111,23 @@ def explaining(what: str) -> Iterator[None]:
     except CfsError as error:
         msg = f"{what}: {error}"
         raise type(error)(msg) from None
+
+
+def describe(error: CfsError | OSError) -> str:
+    """Return an error in one line, an ``OSError`` as file and reason."""
+    if not isinstance(error, OSError):
+        text = str(error)
+    elif error.filename is None or isinstance(error.filename, int):  # a descriptor
+        text = error.strerror or str(error)
+    else:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if len(text) > _MAX_MESSAGE_SIZE:
+        text = text[: _MAX_MESSAGE_SIZE // 2] + "…" + text[-_MAX_MESSAGE_SIZE // 2 :]
+    return escape(text)
+
+
+def escape(text: str) -> str:
+    """Return text that stays in its line and moves no cursor, whatever names it holds."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 import time
+from typing import NamedTuple
 
 from cfs.errors import MountError
 from cfs.linux.fusedev import fusermount, fusermount_detach, open_device
@@ -15,12 +16,15 @@ from cfs.linux.mountinfo import mounted_at
 from cfs.linux.mounts import (
     MountAttr,
     attach_mount,
+    attach_mount_to,
     create_mount,
     detach_mount,
+    mount_device,
 )
 
 __all__ = [
     "FuseMount",
+    "Place",
     "create_detached",
     "detach",
     "is_dead",
@@ -31,6 +35,21 @@ __all__ = [
 _SUBTYPE = "composefs"
 _SOURCE_MAX = 255  # bytes of a string that fsconfig takes
 _MAX_STALE = 16
+
+
+class Place(NamedTuple):
+    """Where a mount goes, and whose it is.
+
+    Attributes:
+        path: from :func:`prepare_mountpoint`; empty: nowhere, its descriptor is handed on.
+        directory_fd: that directory, opened with another user's rights; borrowed.  -1: found by
+            its path.
+        owner: user and group id of the user who gets in; None: our own.
+    """
+
+    path: str
+    directory_fd: int = -1
+    owner: tuple[int, int] | None = None
 
 
 def prepare_mountpoint(path: str) -> str:
@@ -110,7 +129,7 @@ class FuseMount:
     :meth:`discard` it, and :meth:`close`.
 
     Args:
-        mountpoint: from :func:`prepare_mountpoint`.
+        place: where.
         name: shown as source, ``composefs:NAME``.
         allow_other: let other users in.
         attributes: of the mount, besides those that it always has.
@@ -127,13 +146,13 @@ class FuseMount:
 
     def __init__(
         self,
-        mountpoint: str,
+        place: Place,
         name: str,
         *,
         allow_other: bool,
         attributes: MountAttr = MountAttr.NONE,
     ) -> None:
-        self._mountpoint = mountpoint
+        self._place = place
         self._mount_fd = -1
         try:
             device_fd = open_device()
@@ -145,17 +164,24 @@ class FuseMount:
         if device_fd >= 0:
             try:
                 self._mount_fd = create_detached(
-                    device_fd, source, allow_other=allow_other, attributes=attributes
+                    device_fd,
+                    source,
+                    allow_other=allow_other,
+                    attributes=attributes,
+                    owner=place.owner,
                 )
             except MountError as error:
                 os.close(device_fd)
                 if error.errno != errno.EPERM or os.geteuid() == 0:
                     raise
         if self._mount_fd < 0:
+            if not place.path:
+                msg = "a mount without a mount point needs the right to mount (CAP_SYS_ADMIN)"
+                raise MountError(msg, errno.EPERM)
             device_fd = _mount_in_place(
-                mountpoint, source, allow_other=allow_other, attributes=attributes
+                place.path, source, allow_other=allow_other, attributes=attributes
             )
-            self.device = mounted_at(mountpoint)
+            self.device = mounted_at(place.path)
         self.device_fd = device_fd
 
     def release_device(self) -> None:
@@ -165,29 +191,42 @@ class FuseMount:
         self.device_fd = -1
 
     def attach(self) -> int:
-        """Show the mount, which serves by now; return its device number.
+        """Show the mount, which serves by now, if it has a place; return its device number.
 
         Asks the file system nothing, so a server that died in the meantime hangs nobody.
 
         Raises:
             MountError: the mount point is gone or not ours.
         """
+        place = self._place
         try:
+            if not place.path:
+                return mount_device(self._mount_fd)
+            if place.directory_fd >= 0 and self._mount_fd >= 0:
+                attach_mount_to(self._mount_fd, place.directory_fd)
+                return mount_device(self._mount_fd)
             if self._mount_fd >= 0:
-                attach_mount(self._mount_fd, self._mountpoint)
-            device = mounted_at(self._mountpoint)
+                attach_mount(self._mount_fd, place.path)
+            device = mounted_at(place.path)
         except OSError as error:
-            msg = f"cannot mount on {self._mountpoint}: {error.strerror}"
+            msg = f"cannot mount on {place.path}: {error.strerror}"
             raise MountError(msg, error.errno or errno.EIO) from None
         if device is None:
-            msg = f"cannot mount on {self._mountpoint}: it was unmounted at once"
+            msg = f"cannot mount on {place.path}: it was unmounted at once"
             raise MountError(msg)
         return device
+
+    def take_detached(self) -> int:
+        """Return the descriptor of a mount without a place, the caller's from now on; else -1."""
+        if self._place.path:
+            return -1
+        mount_fd, self._mount_fd = self._mount_fd, -1
+        return mount_fd
 
     def discard(self) -> None:
         """Take back a mount that was made in place."""
         if self.device is not None:
-            detach(self._mountpoint, self.device)
+            detach(self._place.path, self.device)
 
     def close(self) -> None:
         """Close our descriptors; a mount that was not attached is gone then."""
@@ -209,26 +248,28 @@ def create_detached(
     *,
     allow_other: bool,
     attributes: MountAttr = MountAttr.NONE,
+    owner: tuple[int, int] | None = None,
 ) -> int:
     """Make a FUSE file system that is in no tree yet; return the descriptor of its mount.
 
     Raises:
         MountError: the kernel refused; EPERM: we have not the right to mount.
     """
+    uid, gid = owner or (os.geteuid(), os.getegid())
     options: list[tuple[str, str | bytes | None]] = [
         ("source", source),
         ("subtype", _SUBTYPE),
         ("fd", str(device_fd)),
         ("rootmode", f"{stat.S_IFDIR:o}"),
-        ("user_id", str(os.geteuid())),
-        ("group_id", str(os.getegid())),
+        ("user_id", str(uid)),
+        ("group_id", str(gid)),
         ("default_permissions", None),
         ("ro", None),
     ]
     if allow_other:
         options.append(("allow_other", None))
     attributes |= MountAttr.RDONLY
-    if os.geteuid() != 0:
+    if owner is not None or os.geteuid() != 0:
         attributes |= MountAttr.NOSUID | MountAttr.NODEV
     return create_mount("fuse", options, attributes)
 

@@ -23,7 +23,7 @@ from cfs.errors import MountError
 from cfs.linux.files import owned
 from cfs.linux.fusedev import open_device
 from cfs.linux.mounts import MountAttr, Option, create_mount
-from cfs.mount import FuseMount, create_detached, mount_source
+from cfs.mount import FuseMount, Place, create_detached, mount_source
 
 __all__ = [
     "OverlayLayers",
@@ -34,6 +34,9 @@ __all__ = [
     "overlay_attributes",
     "overlay_options",
 ]
+
+
+_FOREIGN = MountAttr.NOSUID | MountAttr.NODEV
 
 
 class OverlayVerity(Enum):
@@ -121,7 +124,7 @@ def overlay_attributes(layers: OverlayLayers) -> MountAttr:
     if not layers.read_write:
         attributes |= MountAttr.RDONLY
     if os.geteuid() != 0:
-        attributes |= MountAttr.NOSUID | MountAttr.NODEV
+        attributes |= _FOREIGN
     return attributes
 
 
@@ -133,7 +136,7 @@ class OverlayMount(FuseMount):
     of whoever mounted.
 
     Args:
-        mountpoint: from :func:`cfs.mount.prepare_mountpoint`.
+        place: where; of its owner only whether it is another user's counts.
         name: shown as source, ``composefs:NAME``.
         layers: the other layers.
 
@@ -142,8 +145,10 @@ class OverlayMount(FuseMount):
         OSError: upper or work directory cannot be opened.
     """
 
-    def __init__(self, mountpoint: str, name: str, layers: OverlayLayers) -> None:
-        self._mountpoint = mountpoint
+    def __init__(self, place: Place, name: str, layers: OverlayLayers) -> None:
+        self._place = place
+        if place.owner is not None:
+            layers = replace(layers, attributes=layers.attributes | _FOREIGN)
         self._source = mount_source(name)
         self._layers = layers
         with ExitStack() as stack:
@@ -173,7 +178,7 @@ class OverlayMount(FuseMount):
             os.fstat(self._mount_fd)
             overlay_fd = self._create_overlay()
         except OSError as error:
-            msg = f"cannot mount on {self._mountpoint}: {error.strerror}"
+            msg = f"cannot mount on {self._place.path}: {error.strerror}"
             raise MountError(msg, error.errno or errno.EIO) from None
         except MountError as error:
             if error.errno != errno.EINVAL:

@@ -4,14 +4,17 @@ A command's module is imported when the command runs, so that help is quick.
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 
 import click
 
 from cfs import __version__
+from cfs.cli.connect import check_excluded, with_address
 from cfs.cli.group import Entry, LazyGroup
 from cfs.cli.report import run_reporting
 from cfs.cli.strict import GlobalOptions
+from cfs.compat import override
 from cfs.digest import Algorithm
 from cfs.errors import UnsupportedError
 
@@ -40,6 +43,7 @@ _COMMANDS = {
     "create-dumpfile": Entry("image", "create_dumpfile", "Print a directory as a dumpfile"),
     "fuse-serve": Entry("serve", "fuse_serve", "Serve an image over FUSE"),
     "oci": Entry("oci", "oci", "Pull, inspect and mount OCI images"),
+    "varlink": Entry("varlink", "varlink", "Serve stores and images over varlink"),
     "help": Entry("group", "show_help", "Print help of a command"),
     "fetch": Entry("cfsctl", "fetch", "", is_hidden=True),
     "ostree": Entry("cfsctl", "ostree", "", is_hidden=True),
@@ -48,7 +52,16 @@ _COMMANDS = {
 }
 
 
-@click.group(cls=LazyGroup, entries=_COMMANDS, no_args_is_help=False)
+class _Program(LazyGroup):
+    """The group, whose option ``--connect`` may have no value."""
+
+    @override
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, once ``--connect`` has a value."""
+        return super().parse_args(ctx, with_address(args))
+
+
+@click.group(cls=_Program, entries=_COMMANDS, no_args_is_help=False)
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.option("--repo", metavar="PATH", help="Store to use.")
 @click.option("--user", is_flag=True, help="Use the store of the user.")
@@ -59,6 +72,10 @@ _COMMANDS = {
 @click.option("--require-verity", is_flag=True, help="Fail unless the store has fs-verity.")
 @click.option("--no-upgrade", is_flag=True, help="Do not convert old stores.")
 @click.option("--no-repo", is_flag=True, help="Open no store.")
+@click.option(
+    "--connect", metavar="[ADDRESS]",
+    help="Have a varlink service do it, with its store; by default the one of the user or system.",
+)  # fmt: skip
 @click.pass_context
 def cfsctl(
     ctx: click.Context,
@@ -73,6 +90,7 @@ def cfsctl(
     require_verity: bool,
     no_upgrade: bool,
     no_repo: bool,
+    connect: str | None,
 ) -> None:
     """Make, keep and serve composefs images."""
     given = {"--repo": repo is not None, "--user": user, "--system": system}
@@ -80,6 +98,14 @@ def cfsctl(
     if len(selectors) > 1:
         msg = f"{selectors[0]} cannot be used with {selectors[1]}"
         raise click.UsageError(msg, ctx)
+    if connect is not None:
+        given |= {
+            "--erofs-version": erofs_version is not None,
+            "--require-verity": require_verity,
+            "--no-upgrade": no_upgrade,
+            "--no-repo": no_repo,
+        }
+        check_excluded(ctx, "--connect", given)
     ctx.obj = GlobalOptions(
         algorithm=None if hash_name is None else Algorithm.parse(hash_name),
         erofs_version=None if erofs_version is None else int(erofs_version),
@@ -90,6 +116,7 @@ def cfsctl(
         insecure=insecure,
         require_verity=require_verity,
         upgrade=not no_upgrade,
+        connect=connect,
     )
 
 
@@ -134,7 +161,24 @@ def run(arguments: Sequence[str]) -> int:
     return run_reporting("Error", lambda: _run(arguments))
 
 
+def _serve_if_activated() -> bool:
+    """Serve varlink if a socket was passed; return False if none was."""
+    if "LISTEN_FDS" not in os.environ:
+        return False
+    from cfs.service.activation import is_activated
+
+    if not is_activated():
+        return False
+    from cfs.cli.varlink import serve
+    from cfs.service.handles import StoreOptions
+
+    serve(StoreOptions())
+    return True
+
+
 def _run(arguments: Sequence[str]) -> int:
+    if not arguments and _serve_if_activated():
+        return 0
     if not arguments:
         with click.Context(cfsctl, info_name="cfsctl", help_option_names=["-h", "--help"]) as ctx:
             click.echo(cfsctl.get_help(ctx), err=True)

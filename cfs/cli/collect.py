@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cfs.repository.fsck import Report
     from cfs.repository.gc import Collection
 
-__all__ = ["ended_by_interrupt", "fsck", "gc", "print_report"]
+__all__ = ["conclude", "ended_by_interrupt", "fsck", "gc", "print_collection", "print_report"]
 
 
 @click.command(cls=StrictCommand)
@@ -52,13 +52,14 @@ def gc(
             wait=not no_wait,
             on_wait=lambda: click.echo(_describe_wait(repository.fd), err=True),
         )
-    _print_collection(collection, dry_run=dry_run)
+    print_collection(collection, dry_run=dry_run)
     _print_problems(collection)
     if collection.problems:
         ctx.exit(1)
 
 
-def _print_collection(collection: "Collection", *, dry_run: bool) -> None:
+def print_collection(collection: "Collection", *, dry_run: bool) -> None:
+    """Print what a collection did or would do."""
     if dry_run:
         click.echo("Dry run (no files deleted):")
     click.echo(f"Objects: {collection.nr_objects} removed ({collection.size} bytes)")
@@ -98,6 +99,15 @@ def fsck(ctx: click.Context, /, is_json: bool, metadata_only: bool) -> None:
 
     with open_store(ctx) as repository, ended_by_interrupt():
         report = check(repository, metadata_only=metadata_only)
+    conclude(report, is_json=is_json)
+
+
+def conclude(report: "Report", *, is_json: bool) -> None:
+    """Print what a check of a store has found.
+
+    Raises:
+        IntegrityError: findings, unless as JSON.
+    """
     if is_json:
         print_json(report.as_dict())
         return

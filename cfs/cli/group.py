@@ -34,6 +34,10 @@ class LazyGroup(click.Group):
         """Name the commands that help shows."""
         return [name for name, entry in self._entries.items() if not entry.is_hidden]
 
+    def summary(self, name: str) -> str:
+        """Return what help says of a command, in a few words."""
+        return self._entries[name].help
+
     @override
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import a command."""

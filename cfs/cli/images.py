@@ -5,6 +5,7 @@ Specification: cli-and-varlink a.5.
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import click
@@ -14,7 +15,7 @@ from cfs.cli.store import open_store
 from cfs.cli.strict import StrictCommand
 from cfs.errors import FormatError
 
-__all__ = ["dump_files", "image_objects", "images", "import_image"]
+__all__ = ["dump_files", "image_objects", "images", "import_image", "print_images"]
 
 _SHORT_DIGEST_SIZE = 12
 
@@ -47,15 +48,22 @@ def images(ctx: click.Context, /, is_json: bool, no_trunc: bool) -> None:
 
     with open_store(ctx) as repository:
         found = list_images(repository)
+    print_images([asdict(image) for image in found], is_json=is_json, no_trunc=no_trunc)
+
+
+def print_images(
+    found: Sequence[Mapping[str, str]], *, is_json: bool, no_trunc: bool = False
+) -> None:
+    """Print named images, each with ``name`` and ``digest``."""
     if is_json:
-        print_json({"images": [asdict(image) for image in found]})
+        print_json({"images": found})
     elif not found:
         click.echo("No images found")
     else:
         from cfs.cli.table import format_table
 
         size = None if no_trunc else _SHORT_DIGEST_SIZE
-        rows = [(image.name, image.digest.removeprefix("sha256:")[:size]) for image in found]
+        rows = [(each["name"], each["digest"].removeprefix("sha256:")[:size]) for each in found]
         click.echo(format_table(("NAME", "DIGEST"), rows), nl=False)
 
 

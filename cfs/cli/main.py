@@ -24,8 +24,9 @@ def main() -> int:
     name = os.path.basename(sys.argv[0])
     if name not in _TOOLS and arguments and arguments[0] in _TOOLS:
         name = arguments.pop(0)
+    module = "cfs.cli.completion" if "COMPLETE" in os.environ else "cfs.cli.cfsctl"
     try:
-        status: int = importlib.import_module(_TOOLS.get(name, "cfs.cli.cfsctl")).run(arguments)
+        status: int = importlib.import_module(_TOOLS.get(name, module)).run(arguments)
     except KeyboardInterrupt:  # while modules were imported
         return _INTERRUPT_STATUS
     return status

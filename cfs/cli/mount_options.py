@@ -15,7 +15,7 @@ from cfs.mounting.choice import MountRequest
 if TYPE_CHECKING:
     from cfs.repository.repository import Repository
 
-__all__ = ["mount_options", "mount_stored"]
+__all__ = ["mount_options", "mount_stored", "parse_request"]
 
 _OPTIONS = (
     click.option(
@@ -49,22 +49,28 @@ def mount_options(function: Callable[..., None]) -> Callable[..., None]:
         read_write: bool,
         **more: object,
     ) -> None:
-        try:
-            wish, choices = parse_wish(fuse)
-            request = MountRequest(
-                wish=wish,
-                choices=choices,
-                upperdir=upperdir,
-                workdir=workdir,
-                read_write=read_write,
-            )
-        except InvalidRequestError as error:
-            raise click.UsageError(str(error), click.get_current_context()) from None
-        function(request=request, **more)
+        function(request=parse_request(fuse, upperdir, workdir, read_write=read_write), **more)
 
     for option in reversed(_OPTIONS):
         run = option(run)
     return run
+
+
+def parse_request(
+    fuse: str | None, upperdir: str | None, workdir: str | None, *, read_write: bool
+) -> MountRequest:
+    """Return what the options of mounts say.
+
+    Raises:
+        click.UsageError: they contradict each other.
+    """
+    try:
+        wish, choices = parse_wish(fuse)
+        return MountRequest(
+            wish=wish, choices=choices, upperdir=upperdir, workdir=workdir, read_write=read_write
+        )
+    except InvalidRequestError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from None
 
 
 def mount_stored(

@@ -2,7 +2,8 @@
 
 import os
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,28 +16,33 @@ if TYPE_CHECKING:
     from cfs.fuse.dataplane import Statistics
     from cfs.mounting.records import ServedMount
 
-__all__ = ["ps", "umount"]
+__all__ = ["check_targets", "print_mounts", "ps", "umount"]
 
 _HEADER = ["IMAGE", "MOUNTPOINT", "MODE", "AGE", "REQUESTS"]
 _AGE_UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 _JSON_MODES = {"PLAIN": "Fuse", "OVERLAY": "FuseOverlay"}
+_MODES = {mode: name.lower() for name, mode in _JSON_MODES.items()}
 
 
 @click.command(cls=StrictCommand)
 @click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def ps(*, is_json: bool) -> None:
     """List the FUSE mounts that are served: of this user, as root of all users."""
-    mounts = [mount for mount in _find_mounts() if mount.is_alive]
+    print_mounts([_describe(mount) for mount in _find_mounts() if mount.is_alive], is_json=is_json)
+
+
+def print_mounts(mounts: Sequence[Mapping[str, Any]], *, is_json: bool) -> None:
+    """Print FUSE mounts, with the members of varlink's ``FuseMount``."""
     if is_json:
         from cfs.cli.output import print_json
 
-        print_json({"mounts": [_describe_json(mount) for mount in mounts]})
+        print_json({"mounts": mounts})
     elif not mounts:
         click.echo("No mounts found")
     else:
         from cfs.cli.table import format_table
 
-        click.echo(format_table(_HEADER, list(map(_describe_row, mounts))), nl=False)
+        click.echo(format_table(_HEADER, [_format_row(mount) for mount in mounts]), nl=False)
 
 
 @click.command(cls=StrictCommand)
@@ -50,9 +56,7 @@ def umount(
     """Unmount FUSE mounts of cfs, and no others."""
     from cfs.mounting.unmounting import select_mount, unmount
 
-    if is_all == bool(mountpoints):
-        msg = "expected mount points, or --all"
-        raise click.UsageError(msg, ctx)
+    check_targets(ctx, mountpoints, is_all=is_all)
     # what was mounted last may lie upon what was mounted before
     targets = [os.fsdecode(mount.entry.mountpoint) for mount in reversed(_find_mounts())]
     status = 0
@@ -64,24 +68,35 @@ def umount(
     ctx.exit(status)
 
 
+def check_targets(ctx: click.Context, mountpoints: Sequence[str], *, is_all: bool) -> None:
+    """Refuse to unmount nothing, and two things at once.
+
+    Raises:
+        click.UsageError: there are neither mount points nor ``--all``, or both.
+    """
+    if is_all == bool(mountpoints):
+        msg = "expected mount points, or --all"
+        raise click.UsageError(msg, ctx)
+
+
 def _find_mounts() -> "list[ServedMount]":
     from cfs.mounting.records import find_mounts
 
     return find_mounts(all_records_directories())
 
 
-def _describe_row(mount: "ServedMount") -> list[str]:
-    statistics = mount.statistics()
+def _format_row(mount: Mapping[str, Any]) -> list[str]:
+    started, requests = mount["started"], mount["requests"]
     return [
-        mount.record.image,
-        os.fsdecode(mount.entry.mountpoint),
-        mount.record.mode.lower(),
-        _format_age(max(0, int(time.time()) - mount.record.started)),
-        "-" if statistics is None else str(_count_requests(statistics)),
+        mount["image"],
+        mount["mountpoint"] or "-",
+        _MODES[mount["mode"]],
+        "-" if started is None else _format_age(max(0, int(time.time()) - started)),
+        "-" if requests is None else str(requests),
     ]
 
 
-def _describe_json(mount: "ServedMount") -> dict[str, object]:
+def _describe(mount: "ServedMount") -> dict[str, object]:
     """Return a ``FuseMount`` of ``org.composefs.Repository``; the id is the kernel's."""
     record = mount.record
     statistics = mount.statistics()

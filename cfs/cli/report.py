@@ -6,12 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 
-from cfs.errors import CfsError
+from cfs.errors import CfsError, describe, escape
 
 __all__ = ["describe", "escape", "fail", "run_reporting"]
 
 _INTERRUPT_STATUS = 130
-_MAX_MESSAGE_SIZE = 4096  # characters: what an error quotes from a document may have millions
 _STREAMS = (("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_RDWR, "w"))
 
 
@@ -35,26 +34,6 @@ def run_reporting(prefix: str, action: Callable[[], int]) -> int:
     except MemoryError:
         return fail(prefix, os.strerror(errno.ENOMEM))
     return status
-
-
-def describe(error: CfsError | OSError) -> str:
-    """Return an error in one line, an ``OSError`` as file and reason."""
-    if not isinstance(error, OSError):
-        text = str(error)
-    elif error.filename is None or isinstance(error.filename, int):  # a descriptor
-        text = error.strerror or str(error)
-    else:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if len(text) > _MAX_MESSAGE_SIZE:
-        text = text[: _MAX_MESSAGE_SIZE // 2] + "…" + text[-_MAX_MESSAGE_SIZE // 2 :]
-    return escape(text)
-
-
-def escape(text: str) -> str:
-    """Return text that stays in its line and moves no cursor, whatever names it holds."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def fail(prefix: str, message: str) -> int:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,7 +11,10 @@ from cfs.cli.store import open_store, store_path
 from cfs.cli.strict import StrictCommand, find_global_options
 from cfs.errors import InvalidRequestError
 
-__all__ = ["cat", "init", "transaction"]
+if TYPE_CHECKING:
+    from cfs.repository.repository import Outcome
+
+__all__ = ["cat", "init", "print_outcome", "transaction"]
 
 _ALGORITHMS = ["fsverity-sha256-12", "fsverity-sha512-12"]
 _DEFAULT_EROFS_VERSION = 1
@@ -43,7 +47,6 @@ def init(
 ) -> None:
     """Make a store at PATH, or where the global options say."""
     from cfs.repository.metadata import format_algorithm, parse_algorithm
-    from cfs.repository.repository import Outcome
     from cfs.repository.repository import init as make_store
 
     options = find_global_options(ctx)
@@ -61,12 +64,21 @@ def init(
         ensure=ensure,
         reset=reset_metadata,
     )
+    print_outcome(
+        result.outcome, where, format_algorithm(result.algorithm), is_secure=result.is_secure
+    )
+
+
+def print_outcome(outcome: "Outcome", where: str, algorithm: str, *, is_secure: bool) -> None:
+    """Print what making a store came to."""
+    from cfs.repository.repository import Outcome
+
     shown = escape(where)
-    match result.outcome:
+    match outcome:
         case Outcome.CREATED:
-            verity = "required" if result.is_secure else "not required (insecure)"
+            verity = "required" if is_secure else "not required (insecure)"
             print(f"Initialized composefs repository at {shown}")
-            print(f"  algorithm: {format_algorithm(result.algorithm)}")
+            print(f"  algorithm: {algorithm}")
             print(f"  verity:    {verity}")
         case Outcome.EXISTED:
             print(f"Repository already initialized at {shown}")

@@ -1,7 +1,9 @@
 """Commands as composefs-rs has them: no option may be given twice (spec cli-and-varlink a.2)."""
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -25,6 +27,7 @@ class GlobalOptions:
         insecure: ``--insecure`` was given.
         require_verity: ``--require-verity`` was given.
         upgrade: False with ``--no-upgrade``.
+        connect: address of ``--connect``, empty for the usual ones; None without it.
     """
 
     algorithm: Algorithm | None
@@ -36,6 +39,7 @@ class GlobalOptions:
     insecure: bool
     require_verity: bool
     upgrade: bool
+    connect: str | None = None
 
 
 def find_global_options(ctx: click.Context) -> GlobalOptions:
@@ -59,7 +63,10 @@ def check_repetitions(command: click.Command, ctx: click.Context, args: Sequence
 
 
 class StrictCommand(click.Command):
-    """A command that refuses repeated options; ``-h`` is help."""
+    """A command that refuses repeated options; ``-h`` is help.
+
+    With ``--connect`` it runs as the method of a service that does the same.
+    """
 
     @override
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -67,3 +74,12 @@ class StrictCommand(click.Command):
         ctx.help_option_names = ["-h", "--help"]
         check_repetitions(self, ctx, args)
         return super().parse_args(ctx, args)
+
+    @override
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run, here or in a service."""
+        options = ctx.find_object(GlobalOptions)
+        if options is None or options.connect is None:
+            return super().invoke(ctx)
+        find = importlib.import_module("cfs.cli.connect").find_remote
+        return find(ctx)(ctx, **ctx.params)

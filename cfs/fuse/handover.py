@@ -4,9 +4,10 @@ Supervisor and session are started before it is known what they serve; they get 
 message over a ``SOCK_SEQPACKET`` pair: settings as JSON, descriptors beside them.
 
 After that the starter says ``mounted DEVICE`` when the mount is visible, ``stay`` if it may
-outlive its starter, ``end`` to end at once, whoever uses the mount; the process says ``serving``
-or ``failed: why``, and a session to its supervisor before that ``witness TID``: a thread that
-ends when the session is killed, even if another one is stuck in the kernel.
+outlive its starter, ``end`` to end at once, whoever uses the mount.  The process says ``serving``
+or ``failed: why``, and at last ``ended`` if it is a supervisor and all went well.  A session says
+``witness TID`` to its supervisor before that: a thread that ends when the session is killed, even
+if another one is stuck in the kernel.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from cfs.linux.sockets import receive_fds
 from cfs.linux.traces import Trace
 
-__all__ = ["MESSAGE_SIZE", "SIGNALS", "Handover", "channel_pair", "receive", "send"]
+__all__ = ["MESSAGE_SIZE", "SIGNALS", "Handover", "channel_pair", "last_word", "receive", "send"]
 
 MESSAGE_SIZE = 1024
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # end; print the statistics
@@ -70,6 +71,18 @@ class Handover(NamedTuple):
 def channel_pair() -> tuple[socket.socket, socket.socket]:
     """Return both ends of a new channel."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def last_word(channel: socket.socket) -> str:
+    """Return what the process has said since it serves, at most one message, and leave it there.
+
+    Empty if there is nothing.
+    """
+    try:
+        flags = socket.MSG_DONTWAIT | socket.MSG_PEEK
+        return channel.recv(MESSAGE_SIZE, flags).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def send(channel: socket.socket, handover: Handover) -> None:

@@ -15,13 +15,13 @@ from cfs.errors import MountError, UnsupportedError
 from cfs.fuse.handover import MESSAGE_SIZE, Handover, channel_pair, send
 from cfs.fuse.mounts import GRACE_SECONDS, Mount
 from cfs.fuse.options import DEFAULT, Mode, Passthrough, ServeOptions, Verify
-from cfs.fuse.program import spawn
+from cfs.fuse.program import User, spawn
 from cfs.fuse.shared import publish
 from cfs.inodes import InodeVector
 from cfs.linux.files import is_on_overlay, owned
 from cfs.linux.fusedev import clone_device, raise_readahead
 from cfs.linux.traces import Trace
-from cfs.mount import FuseMount, detach, prepare_mountpoint
+from cfs.mount import FuseMount, Place, detach, prepare_mountpoint
 
 __all__ = ["Launcher", "serve", "start"]
 
@@ -44,9 +44,16 @@ class Launcher:
     Args:
         options: how to serve.
         background: give the processes no standard streams.
+        user: in whose name objects are read; None: our own.
     """
 
-    def __init__(self, options: ServeOptions = DEFAULT, *, background: bool = False) -> None:
+    def __init__(
+        self,
+        options: ServeOptions = DEFAULT,
+        *,
+        background: bool = False,
+        user: User | None = None,
+    ) -> None:
         self._options = options
         self._verify = options.verify or Verify.OFF
         self._nr_workers = _count_workers(options)
@@ -57,7 +64,11 @@ class Launcher:
         name = "supervisor" if options.supervise else "session"
         with theirs:
             self._process: subprocess.Popen[bytes] | None = spawn(
-                name, theirs, has_workers=self._nr_workers > 0, background=background
+                name,
+                theirs,
+                has_workers=self._nr_workers > 0,
+                background=background,
+                user=user,
             )
 
     @property
@@ -87,7 +98,7 @@ class Launcher:
     def start(
         self,
         vector: InodeVector,
-        mountpoint: StrPath,
+        mountpoint: StrPath | Place,
         basedirs: Sequence[StrPath | int],
         *,
         name: str,
@@ -96,11 +107,17 @@ class Launcher:
     ) -> Mount:
         """Mount a vector and return when it serves; arguments and errors as for :func:`start`.
 
+        A :class:`~cfs.mount.Place` may be no directory at all; then the mount's ``tree_fd`` is all
+        there is of it.
         Copies of the descriptors of ``traces`` are held by the processes of the mount, and the
         names removed when it ends; if this fails they are the caller's business.
         """
         assert self._process is not None
-        target = prepare_mountpoint(os.fspath(mountpoint))
+        if isinstance(mountpoint, Place):
+            place = mountpoint
+        else:
+            place = Place(prepare_mountpoint(os.fspath(mountpoint)))
+        target = place.path
         with ExitStack() as stack:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             fds = _Descriptors(
@@ -111,7 +128,7 @@ class Launcher:
                 state=owned(stack, os.memfd_create("cfs-state", os.MFD_CLOEXEC)),
                 table=owned(stack, publish(self._served_vector(vector))),
             )
-            mount = stack.enter_context(closing(self._make_mount(target, name, fds.objects)))
+            mount = stack.enter_context(closing(self._make_mount(place, name, fds.objects)))
             device = None
             try:
                 self._hand_over(self._settings(target, grace, fds, traces), mount)
@@ -127,7 +144,8 @@ class Launcher:
                 if device is not None:
                     detach(target, device)
                 raise
-            served = Mount(target, device, self._process, self._channel, kept)
+            tree = mount.take_detached()
+            served = Mount(target, device, self._process, self._channel, kept, tree_fd=tree)
             self._process = None
         return served
 
@@ -138,11 +156,11 @@ class Launcher:
 
         return metadata_vector(vector, verify=self._verify)
 
-    def _make_mount(self, target: str, name: str, objects: Sequence[int]) -> FuseMount:
+    def _make_mount(self, place: Place, name: str, objects: Sequence[int]) -> FuseMount:
         options = self._options
         if options.mode is Mode.PLAIN:
             return FuseMount(
-                target, name, allow_other=options.allow_other, attributes=options.attributes
+                place, name, allow_other=options.allow_other, attributes=options.attributes
             )
         from cfs.overlaymount import OverlayLayers, OverlayMount, OverlayVerity  # noqa: PLC0415
 
@@ -156,7 +174,7 @@ class Launcher:
             verity=OverlayVerity.REQUIRE if is_required else OverlayVerity.OFF,
             attributes=options.attributes,
         )
-        return OverlayMount(target, name, layers)
+        return OverlayMount(place, name, layers)
 
     def _settings(
         self, target: str, grace: float, fds: _Descriptors, traces: Sequence[Trace]

@@ -11,21 +11,36 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cfs.errors import MountError, UnsupportedError
+from cfs.fuse.handover import last_word
 from cfs.linux.fusedev import abort_connection
 from cfs.mount import detach, is_dead
 
 if TYPE_CHECKING:
-    import subprocess
-
     from cfs.fuse.dataplane import Statistics
 
-__all__ = ["GRACE_SECONDS", "Mount"]
+__all__ = ["GRACE_SECONDS", "Mount", "Process"]
 
 GRACE_SECONDS = 1.0
 _ABORT_SECONDS = 2.0
+
+
+class Process(Protocol):
+    """What of :class:`subprocess.Popen` a mount uses."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return the status if it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and return the status."""
+
+    def kill(self) -> None:
+        """Kill it."""
 
 
 class Mount:
@@ -40,9 +55,11 @@ class Mount:
         process: the supervisor, or without one the session.
         channel: to it; owned by the mount.
         state_fd: memfd of the statistics, owned by the mount; -1 without workers.
+        tree_fd: see below.
 
     Attributes:
-        mountpoint: without symlinks.
+        mountpoint: without symlinks; empty if there is none.
+        tree_fd: descriptor of a mount without a place, to be taken by the caller; else -1.
         device: device number, ``st_dev`` of everything in it.
         pid: of the supervisor, or without one of the session; a child of this process.
     """
@@ -51,13 +68,16 @@ class Mount:
         self,
         mountpoint: str,
         device: int,
-        process: "subprocess.Popen[bytes]",
+        process: Process,
         channel: socket.socket,
         state_fd: int,
+        *,
+        tree_fd: int = -1,
     ) -> None:
         self.mountpoint = mountpoint
         self.device = device
         self.pid = process.pid
+        self.tree_fd = tree_fd
         self._process = process
         self._channel = channel
         self._state_fd = state_fd
@@ -120,6 +140,33 @@ class Mount:
             self._abort()
         if self._has_orphan:
             self._end_orphan(grace)
+
+    def end(self) -> None:
+        """Tell its process to take the mount down and end, after the grace period; do not wait.
+
+        Works although others hold copies of our end of the channel.
+        """
+        with suppress(OSError):  # it has ended already
+            self._channel.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close our descriptors, without waiting; idempotent.
+
+        The mount ends with the last copy of our end of the channel, unless it was left.
+        """
+        self._close()
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what another process needs to go on in our place; borrowed."""
+        return {"channel": self._channel.fileno(), "state": self._state_fd}
+
+    def last_words(self) -> str:
+        """Return why its process ended by itself, as far as it said; empty else.
+
+        To be asked before :meth:`wait`, which closes the channel.
+        """
+        words = last_word(self._channel)
+        return words.removeprefix("failed: ") if words.startswith("failed: ") else ""
 
     def _abort(self) -> None:
         """End the connection: by its process if that still listens, else by the kernel."""

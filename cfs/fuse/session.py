@@ -31,14 +31,22 @@ __all__ = ["main"]
 _RELAY_BUFFER_SIZE = 4 << 20  # a message has to fit; what root may have others get less of
 
 
-def main(channel_fd: int, *, has_workers: bool) -> int:
-    """Serve until the mount ends; return the exit status."""
+def main(channel_fd: int, user: str, *, has_workers: bool) -> int:
+    """Serve until the mount ends; return the exit status.
+
+    Args:
+        channel_fd: to the supervisor, or without one to the starter.
+        user: in whose name, as :meth:`cfs.fuse.program.User.encode` wrote it.
+        has_workers: False: pyfuse3 alone.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     with socket.socket(fileno=channel_fd) as channel:
         try:
             _raise_descriptor_limit()
             # what takes its time is loaded while the starter still reads the image
             importlib.import_module("cfs.fuse.dataplane" if has_workers else "cfs.fuse.control")
+            if user:
+                _become(user)
             handover = receive(channel)
             if handover is None:
                 return 0
@@ -55,6 +63,16 @@ def main(channel_fd: int, *, has_workers: bool) -> int:
                 channel.send(f"failed: {text}{reason}".encode(errors="replace")[:MESSAGE_SIZE])
             return 1
     return 0
+
+
+def _become(user: str) -> None:
+    """Become another user, who may not reach the modules that are needed later."""
+    from cfs.fuse.program import User  # noqa: PLC0415 - rarely
+
+    importlib.import_module("cfs.fuse.control")
+    whom = User.parse(user)
+    assert whom is not None
+    whom.become()
 
 
 def _raise_descriptor_limit() -> None:

@@ -28,7 +28,7 @@ from contextlib import ExitStack, suppress
 from cfs.errors import CfsError
 from cfs.fuse.deaths import Deaths, describe_status
 from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover, channel_pair, receive, send
-from cfs.fuse.program import spawn
+from cfs.fuse.program import User, spawn
 from cfs.linux.traces import remove_traces
 
 __all__ = ["main"]
@@ -40,11 +40,19 @@ _KILL_SECONDS = 0.3
 _RELEASE_SECONDS = 0.5
 
 
-def main(channel_fd: int, *, has_workers: bool) -> int:
-    """Keep a mount until it ends; return the exit status."""
+def main(channel_fd: int, user: str, *, has_workers: bool) -> int:
+    """Keep a mount until it ends; return the exit status.
+
+    Args:
+        channel_fd: to the starter.
+        user: whose name sessions have, as :meth:`User.encode` wrote it.
+        has_workers: False: pyfuse3 alone.
+    """
     with socket.socket(fileno=channel_fd) as starter, ExitStack() as stack:
         signals = _signal_pipe(stack)
-        session = _Session(has_workers=has_workers)  # it loads its modules while we wait
+        session = _Session(
+            User.parse(user), has_workers=has_workers
+        )  # it loads its modules while we wait
         importlib.import_module("cfs.mount")  # and ours only now, to let it start soon
         handover = receive(starter)
         if handover is None:
@@ -75,16 +83,18 @@ class _Session:
     """A session process and our end of its channel.
 
     Attributes:
+        user: in whose name it runs; None: our own.
         pidfd: readable when the process has ended; -1 then.
         is_talking: its channel has not ended.
         witness: pidfd of a thread that ends with it, or -1.
         has_lost_witness: that was gone before we could watch it.
     """
 
-    def __init__(self, *, has_workers: bool) -> None:
+    def __init__(self, user: User | None, *, has_workers: bool) -> None:
+        self.user = user
         self.channel, theirs = channel_pair()
         with theirs:
-            self._process = spawn("session", theirs, has_workers=has_workers)
+            self._process = spawn("session", theirs, has_workers=has_workers, user=user)
         self.pidfd = os.pidfd_open(self._process.pid)
         self.is_talking = True
         self.witness = -1
@@ -156,6 +166,8 @@ class _Supervisor:
             self._detaching.join()
         self._detach()
         remove_traces(self._handover.traces)
+        if self._status == 0:
+            self._tell(b"ended")
         return self._status
 
     def _wait(self, signals: socket.socket) -> set[int]:
@@ -295,7 +307,7 @@ class _Supervisor:
 
     def _start_session(self) -> None:
         try:
-            self._session = _Session(has_workers=True)
+            self._session = _Session(self._session.user, has_workers=True)
         except OSError as error:
             mountpoint = self._handover.mountpoint
             reason = f"session of {mountpoint} died, cannot start another: {error.strerror}"
@@ -325,8 +337,7 @@ class _Supervisor:
         text = f"session of {self._handover.mountpoint} {describe_status(status)}: {reason}"
         if self._is_serving:
             _print(f"supervisor: {text}")
-        else:
-            self._tell(f"failed: {text}".encode(errors="replace"))
+        self._tell(f"failed: {text}".encode(errors="replace"))
         self._status = 1
 
     def _end_sessions(self) -> None:
@@ -336,7 +347,7 @@ class _Supervisor:
             session.kill()
         if not _have_ended(sessions, _KILL_SECONDS) and self._handover.has_workers:
             with suppress(OSError):
-                last = _Session(has_workers=True)
+                last = _Session(self._session.user, has_workers=True)
                 self._brief(last, is_supervised=False)  # so it never pushes
                 _have_ended(sessions, _RELEASE_SECONDS)
                 last.kill()

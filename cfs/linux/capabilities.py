@@ -10,6 +10,7 @@ class Capability(IntEnum):
     """``CAP_*``."""
 
     DAC_READ_SEARCH = 2
+    SYS_ADMIN = 21
 
 
 def has_capability(capability: Capability) -> bool:

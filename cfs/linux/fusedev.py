@@ -4,6 +4,7 @@ Linux Documentation/filesystems/fuse.rst; libfuse's fusermount3(1) with ``_FUSE_
 No shared state: any thread may call.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -135,7 +136,7 @@ def _run_helper(args: list[str], channel: socket.socket | None) -> None:
         )
     except FileNotFoundError:
         msg = f"{_HELPER} not found: expected it on PATH (Debian package fuse3)"
-        raise MountError(msg) from None
+        raise MountError(msg, errno.EOPNOTSUPP) from None
     if done.returncode:
         text = done.stderr.decode(errors="replace").strip().replace("\n", "; ")
         msg = text or f"{_HELPER} failed with status {done.returncode}"

@@ -22,10 +22,12 @@ __all__ = [
     "MountAttr",
     "Option",
     "attach_mount",
+    "attach_mount_to",
     "create_mount",
     "detach_mount",
     "is_initial_user_namespace",
     "map_ids",
+    "mount_device",
     "unmount",
 ]
 
@@ -42,6 +44,9 @@ _AT_EMPTY_PATH = 0x1000
 _CLOEXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
 _SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6  # enum fsconfig_command
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_STATX_SIZE = 256
+_STATX_DEVICE = struct.Struct("=136xII")  # stx_dev_major, stx_dev_minor
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 _LOG_SIZE = 4096
@@ -170,6 +175,31 @@ def attach_mount(mount_fd: int, path: str) -> None:
     """
     with _pinned(path) as place:
         _syscall(_SYS_MOVE_MOUNT, mount_fd, b"", _AT_FDCWD, place, _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def attach_mount_to(mount_fd: int, directory_fd: int) -> None:
+    """Put a detached mount on a directory that is open already.
+
+    Raises:
+        OSError: as move_mount(2).
+    """
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    _syscall(_SYS_MOVE_MOUNT, mount_fd, b"", directory_fd, b"", flags)
+
+
+def mount_device(fd: int) -> int:
+    """Return the device number of a mount, also of one whose files are not ours to see.
+
+    A FUSE file system that is another user's tells root nothing else, and is not asked.
+
+    Raises:
+        OSError: as statx(2).
+    """
+    result = ctypes.create_string_buffer(_STATX_SIZE)
+    if libc().statx(fd, b"", _AT_EMPTY_PATH, 0, result):
+        reason = ctypes.get_errno()
+        raise OSError(reason, os.strerror(reason))
+    return os.makedev(*_STATX_DEVICE.unpack_from(result))
 
 
 def detach_mount(path: str) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cfs.fuse import Mount
     from cfs.repository.repository import Repository
 
-__all__ = ["mount_image"]
+__all__ = ["create_stored_mount", "mount_image"]
 
 
 def mount_image(
@@ -63,14 +63,31 @@ def _mount_in_kernel(
     from cfs.mounting.kernel import mount_in_kernel  # noqa: PLC0415 - FUSE needs none of it
     from cfs.repository.images import open_image  # noqa: PLC0415
 
-    is_required = repository.is_secure or request.choices.get("verify") is Verify.REQUIRE
     with open_image(repository, name) as image:
-        layers = OverlayLayers(
-            objects=[repository.objects.fd],  # there is one: the image
-            upperdir=request.upperdir,
-            workdir=request.workdir,
-            read_write=request.read_write,
-            attributes=request.attributes,
-            verity=OverlayVerity.REQUIRE if is_required else OverlayVerity.OFF,
-        )
+        layers = _layers(repository, request)
         mount_in_kernel(image.fd, mountpoint, layers, source=mount_source(name))
+
+
+def create_stored_mount(repository: "Repository", name: str, request: MountRequest) -> int:
+    """Make the kernel's mount of an image, attached nowhere; return its descriptor.
+
+    Arguments and errors as for :func:`mount_image`.
+    """
+    from cfs.mounting.kernel import create_image_mount  # noqa: PLC0415 - as above
+    from cfs.repository.images import open_image  # noqa: PLC0415
+
+    with open_image(repository, name) as image:
+        layers = _layers(repository, request)
+        return create_image_mount(image.fd, layers, source=mount_source(name))
+
+
+def _layers(repository: "Repository", request: MountRequest) -> OverlayLayers:
+    is_required = repository.is_secure or request.choices.get("verify") is Verify.REQUIRE
+    return OverlayLayers(
+        objects=[repository.objects.fd],  # there is one: the image
+        upperdir=request.upperdir,
+        workdir=request.workdir,
+        read_write=request.read_write,
+        attributes=request.attributes,
+        verity=OverlayVerity.REQUIRE if is_required else OverlayVerity.OFF,
+    )

@@ -9,19 +9,21 @@ outlives its supervisor or never had one.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cfs.errors import UnsupportedError
 from cfs.fuse import Launcher
 from cfs.fuse.mounts import GRACE_SECONDS, Mount
 from cfs.fuse.options import Passthrough, ServeOptions, Verify
+from cfs.fuse.program import User
 from cfs.linux.files import owned
 from cfs.linux.mountinfo import list_mounts
 from cfs.linux.processes import start_time
 from cfs.linux.traces import Trace, remove_traces
+from cfs.mount import Place
 from cfs.mounting.records import NewRecord, Record, new_record
 from cfs.repository.locks import open_shared
 from cfs.repository.mounted import keep_image, keep_store
@@ -29,31 +31,52 @@ from cfs.repository.mounted import keep_image, keep_store
 if TYPE_CHECKING:
     from cfs.repository.repository import Repository
 
-__all__ = ["serve_file", "serve_image"]
+__all__ = ["Behalf", "serve_file", "serve_image"]
 
 StrPath = str | os.PathLike[str]
+Rights = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behalf:
+    """For whom an image is served, if the calling thread acts with another user's rights.
+
+    Attributes:
+        user: in whose name objects are read; None: our own.
+        spawning: gives the thread the right to start processes.
+        mounting: gives it the right to mount.
+    """
+
+    user: User | None = None
+    spawning: Rights = nullcontext
+    mounting: Rights = nullcontext
+
+
+OURSELVES = Behalf()
 
 
 def serve_image(
     repository: "Repository",
     name: str,
-    mountpoint: StrPath,
+    mountpoint: StrPath | Place,
     options: ServeOptions,
     *,
     records: str | None,
     background: bool = False,
     grace: float = GRACE_SECONDS,
+    behalf: Behalf = OURSELVES,
 ) -> Mount:
     """Serve an image of a store; return when it is visible.
 
     Args:
         repository: the store, open until this returns.
         name: id, ``refs/NAME`` or NAME; also shown as mount source ``composefs:NAME``.
-        mountpoint: existing directory.
+        mountpoint: existing directory, or a place.
         options: how; objects are verified by default if the store is secure.
         records: directory of the user's records, or None to keep none.
         background: give the processes no standard streams.
         grace: seconds for those who use the mount when it is told to end.
+        behalf: for whom.
 
     Raises:
         NotFoundError: there is no such image.
@@ -63,7 +86,9 @@ def serve_image(
         OSError: the store cannot be read.
     """
     options = _suited(options, repository)
-    with Launcher(options, background=background) as launcher, ExitStack() as stack:
+    with behalf.spawning():
+        launcher = Launcher(options, background=background, user=behalf.user)
+    with launcher, ExitStack() as stack:
         from cfs.erofs import load_image  # noqa: PLC0415 - the server starts while we load numpy
         from cfs.repository.images import open_image  # noqa: PLC0415
 
@@ -72,7 +97,7 @@ def serve_image(
         objects = _objects_of(repository)
         kept = keep_image(repository, image.digest, launcher.pid)
         owned(stack, kept.fd)
-        with _recorded(records, launcher.pid, [kept]) as (record, traces):
+        with _recorded(records, launcher.pid, [kept]) as (record, traces), behalf.mounting():
             mount = launcher.start(
                 vector, mountpoint, objects, name=name, grace=grace, traces=traces
             )
@@ -81,8 +106,8 @@ def serve_image(
 
 
 def serve_file(
-    path: str,
-    mountpoint: StrPath,
+    path: str | int,
+    mountpoint: StrPath | Place,
     options: ServeOptions,
     *,
     name: str | None = None,
@@ -91,12 +116,13 @@ def serve_file(
     records: str | None,
     background: bool = False,
     grace: float = GRACE_SECONDS,
+    behalf: Behalf = OURSELVES,
 ) -> Mount:
     """Serve an image file; return when it is visible.
 
     Args:
-        path: the image.
-        mountpoint: existing directory.
+        path: the image, or a descriptor of it, at its start; borrowed.
+        mountpoint: existing directory, or a place.
         options: how; objects are verified by default if they come from a secure store.
         name: shown as mount source ``composefs:NAME``; the path if not given.
         basedirs: objects directories, searched in this order; a store that one of them belongs
@@ -106,6 +132,7 @@ def serve_file(
         records: directory of the user's records, or None to keep none.
         background: give the processes no standard streams.
         grace: seconds for those who use the mount when it is told to end.
+        behalf: for whom.
 
     Raises:
         FormatError: it is no image.
@@ -113,11 +140,13 @@ def serve_file(
         OSError: image or objects cannot be opened.
     """
     options = _suited(options, repository)
-    name = path if name is None else name
-    with Launcher(options, background=background) as launcher, ExitStack() as stack:
-        from cfs.erofs import open_image  # noqa: PLC0415 - the server starts while we load numpy
+    name = str(path) if name is None else name
+    with behalf.spawning():
+        launcher = Launcher(options, background=background, user=behalf.user)
+    with launcher, ExitStack() as stack:
+        from cfs.erofs import load_image, open_image  # noqa: PLC0415 - see above
 
-        vector = open_image(path)
+        vector = open_image(path) if isinstance(path, str) else load_image(path, name)
         objects: list[StrPath | int] = [*basedirs]
         kept = []
         if repository is not None:
@@ -128,7 +157,7 @@ def serve_file(
             lock = _lock_store_of(basedir)
             if lock is not None:
                 kept.append(Trace(owned(stack, lock)))
-        with _recorded(records, launcher.pid, kept) as (record, traces):
+        with _recorded(records, launcher.pid, kept) as (record, traces), behalf.mounting():
             mount = launcher.start(
                 vector, mountpoint, objects, name=name, grace=grace, traces=traces
             )

@@ -32,6 +32,7 @@ from cfs.tree import Directory, Regular, inode_of, walk
 
 __all__ = [
     "BootImage",
+    "BootMismatchError",
     "compute_image",
     "find_config",
     "link_boot_image",
@@ -58,6 +59,23 @@ class BootImage:
     digest: Digest
     mode: XattrMode
     version: int
+
+
+class BootMismatchError(IntegrityError):
+    """No boot image has the digest that was expected.
+
+    Attributes:
+        expected: that digest.
+        nr_tried: modes and formats that were tried.
+    """
+
+    def __init__(self, expected: Digest, nr_tried: int) -> None:
+        self.expected = expected
+        self.nr_tried = nr_tried
+        super().__init__(
+            f"No boot image configuration matched expected digest {expected} "
+            f"(tried {nr_tried} mode/version combinations)"
+        )
 
 
 def find_config(
@@ -173,7 +191,11 @@ def link_image(repository: Repository, config: StoredConfig) -> StoredConfig:
 
 
 def make_images(
-    repository: Repository, config: ConfigDocument, *, bootable: bool = False
+    repository: Repository,
+    config: ConfigDocument,
+    *,
+    bootable: bool = False,
+    mode: XattrMode = XattrMode.ALLOWLIST_ONLY,
 ) -> dict[str, Digest]:
     """Store the images of all formats of the store by key, unless the config knows them.
 
@@ -185,9 +207,8 @@ def make_images(
     Raises:
         Other errors: as :func:`tree_of` and :func:`cfs.repository.images.commit_image`.
     """
-    if _has_images(repository, config, bootable=bootable):
+    if _has_images(repository, config, bootable=bootable, mode=mode):
         return {}
-    mode = XattrMode.ALLOWLIST_ONLY
     root = tree_of(repository, config, bootable=bootable, mode=mode)
     return _put_images(repository, root, repository.formats, bootable=bootable, mode=mode)
 
@@ -211,7 +232,11 @@ def link_tagged_images(repository: Repository) -> list[str]:
 
 
 def link_boot_image(
-    repository: Repository, config: StoredConfig, *, expected: Digest | None = None
+    repository: Repository,
+    config: StoredConfig,
+    *,
+    expected: Digest | None = None,
+    mode: XattrMode = XattrMode.ALLOWLIST_ONLY,
 ) -> tuple[StoredConfig, BootImage]:
     """Make the bootable images of all formats of the store, or the one that is expected.
 
@@ -219,15 +244,16 @@ def link_boot_image(
         repository: the store.
         config: of the OCI image.
         expected: the digest that the image must have: xattrs and format are found out.
+        mode: which xattrs it keeps, unless a digest is expected.
 
     Raises:
-        IntegrityError: no image has the expected digest.
+        BootMismatchError: no image has the expected digest.
         Other errors: as :func:`link_image`.
     """
     if expected is not None:
         return _link_expected(repository, config, expected)
-    mode, version = XattrMode.ALLOWLIST_ONLY, repository.formats.default
-    images = make_images(repository, config, bootable=True)
+    version = repository.formats.default
+    images = make_images(repository, config, bootable=True, mode=mode)
     if images:
         config = replace_images(repository, config, images)
     digest = config.images[image_key(version, boot=True, mode=mode)]
@@ -244,12 +270,7 @@ def _link_expected(
                 images = _put_images(repository, root, Formats(version), bootable=True, mode=mode)
                 config = replace_images(repository, config, images)
                 return config, BootImage(expected, mode, version)
-    nr_tried = len(XattrMode) * len(_EXPECTED_VERSIONS)
-    msg = (
-        f"No boot image configuration matched expected digest {expected} "
-        f"(tried {nr_tried} mode/version combinations)"
-    )
-    raise IntegrityError(msg)
+    raise BootMismatchError(expected, len(XattrMode) * len(_EXPECTED_VERSIONS))
 
 
 def _compute(repository: Repository, root: Directory, version: int) -> Digest:
@@ -260,11 +281,13 @@ def _compute(repository: Repository, root: Directory, version: int) -> Digest:
     return compute_digest(image, repository.algorithm)
 
 
-def _has_images(repository: Repository, config: ConfigDocument, *, bootable: bool) -> bool:
+def _has_images(
+    repository: Repository, config: ConfigDocument, *, bootable: bool, mode: XattrMode
+) -> bool:
     """Whether the images of all formats have keys and are there."""
     formats = repository.formats
     for version in (formats.default, *formats.extra):
-        digest = config.images.get(image_key(version, boot=bootable))
+        digest = config.images.get(image_key(version, boot=bootable, mode=mode))
         if digest is None or not _has_image(repository, digest):
             return False
     return True

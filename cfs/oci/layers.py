@@ -8,7 +8,7 @@ import os
 import select
 import stat
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ __all__ = [
     "Progress",
     "Statistics",
     "find_layer",
+    "find_sound_layer",
     "find_typed_layer",
     "import_blob",
     "import_layer",
@@ -89,11 +90,20 @@ def find_typed_layer(repository: "Repository", digest: str, content_type: bytes)
     Raises:
         OSError: reading failed.
     """
+    return find_sound_layer(repository, digest, (content_type,))
+
+
+def find_sound_layer(
+    repository: "Repository",
+    digest: str,
+    content_types: Collection[bytes] = (ContentType.LAYER, ContentType.BLOB),
+) -> "Digest | None":
+    """Return the stream of a layer or blob; see :func:`find_typed_layer`."""
     with suppress(NotFoundError, FormatError, IntegrityError):
         stream = find_layer(repository, digest)
         if stream is not None and repository.objects.is_sound(stream):
             with open_stored_stream(repository, stream) as layer:
-                is_usable = layer.content_type == content_type
+                is_usable = layer.content_type in content_types
                 if is_usable and all(map(repository.objects.has, layer.object_refs)):
                     return stream
     return None

@@ -42,11 +42,14 @@ from cfs.oci.sources import (
     Source,
     SourceOptions,
     StoppableSource,
+    Stopper,
     open_source,
 )
+from cfs.oci.tags import set_tag
 from cfs.repository.repository import Repository
 from cfs.repository.splitstream_format import ContentType
 from cfs.repository.streams import register_stream
+from cfs.transform.oci import XattrMode
 
 __all__ = [
     "Done",
@@ -178,6 +181,7 @@ def pull(
         NotFoundError: there is no such image.
         FormatError: manifest, configuration or a layer break their format.
         IntegrityError: something has not the digest or size it should have.
+        StoppedError: the stopper of the options has ended it; there is no tag.
         OSError: reading or writing failed.
     """
     if name is not None:
@@ -189,9 +193,13 @@ def pull(
         if bootable and not manifest.is_container:
             msg = f"{image} is an artifact, no container image: it cannot be made bootable"
             raise InvalidRequestError(msg)
-        work = _Pull(repository, source, manifest, report)
+        work = _Pull(repository, source, manifest, report, options.stopper)
         config, layers = work.fetch()
-    stored = store_image(repository, digest, data, config, layers, name=name)
+    work.say("storing manifest")
+    stored = store_image(repository, digest, data, config, layers, name=None)
+    options.stopper.check()
+    if name is not None:
+        set_tag(repository, name, digest)
     return Pulled(
         manifest_digest=digest,
         config_digest=stored.config_digest,
@@ -202,21 +210,28 @@ def pull(
     )
 
 
-def link_boot(repository: Repository, pulled: Pulled, expected: Digest | None = None) -> Pulled:
+def link_boot(
+    repository: Repository,
+    pulled: Pulled,
+    expected: Digest | None = None,
+    *,
+    mode: XattrMode = XattrMode.ALLOWLIST_ONLY,
+) -> Pulled:
     """Make the boot image of what was pulled.
 
     Args:
         repository: the store.
         pulled: a container image.
         expected: digest that the boot image shall have, in one of the attribute modes and formats.
+        mode: which xattrs it keeps, unless a digest is expected.
 
     Raises:
-        IntegrityError: no boot image has that digest.
+        BootMismatchError: no boot image has that digest.
         FormatError: the tree has no form as boot image.
         OSError: reading or writing failed.
     """
     config = config_of(repository, load_manifest(repository, pulled.manifest_digest))
-    _, boot = link_boot_image(repository, config, expected=expected)
+    _, boot = link_boot_image(repository, config, expected=expected, mode=mode)
     final = load_manifest(repository, pulled.manifest_digest)
     return replace(
         pulled, manifest_stream=final.stream, config_stream=final.config_stream, boot=boot
@@ -234,6 +249,7 @@ class _Pull:
     source: Source
     manifest: Manifest
     report: Report
+    stopper: Stopper
     statistics: Statistics = field(default_factory=Statistics)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -243,13 +259,13 @@ class _Pull:
         digest = self.manifest.config.digest
         stored = _find_config(self.repository, digest)
         config = self.source.read_config(self.manifest) if stored is None else stored
-        self._tell(Message(f"config {digest} {'fetched' if stored is None else 'is there'}"))
+        self.say(f"config {digest} {'fetched' if stored is None else 'is there'}")
         return config, list(self._store_layers(self._plan(config)).items())
 
     def _plan(self, config: bytes) -> list[_Layer]:
         """Say which layers there must be, before any is stored."""
         blobs = self.source.layers(self.manifest)
-        self._tell(Message(f"{len(blobs)} layers"))
+        self.say(f"{len(blobs)} layers")
         if not self.manifest.is_container:
             return [_plan_layer(index, blob, None) for index, blob in enumerate(blobs)]
         diff_ids = diff_ids_of(self.manifest, config)
@@ -336,7 +352,12 @@ class _Pull:
             compression=layer.compression, diff_id=diff_id, progress=progress,
         )  # fmt: skip
 
+    def say(self, text: str) -> None:
+        """Report a line for the user."""
+        self._tell(Message(text))
+
     def _tell(self, event: Event) -> None:
+        self.stopper.check()
         with self._lock:
             self.report(event)
 

@@ -7,7 +7,7 @@ all of it came and is right; objects that came before an error are left to colle
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,15 +28,29 @@ from cfs.repository.streams import open_stored_stream, register_stream
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["receive_layer", "send_layer"]
+__all__ = ["LayerMismatchError", "receive_layer", "send_layer"]
 
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _WITHIN = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
 
 
+class LayerMismatchError(IntegrityError):
+    """What came is another layer than was announced.
+
+    Attributes:
+        expected: the digest that it should have.
+        found: the digest of what came.
+    """
+
+    def __init__(self, expected: str, found: str) -> None:
+        self.expected = expected
+        self.found = found
+        super().__init__(f"layer {expected}: its contents have the digest {found}")
+
+
 def send_layer(
     repository: Repository, stream: Digest, *, verify: bool = False
-) -> Iterator[Inline | File]:
+) -> Generator[Inline | File, None, None]:
     """Yield the stream of a layer for another store; directory 0 is that of the objects.
 
     Args:
@@ -94,7 +108,8 @@ def receive_layer(
 
     Raises:
         FormatError: the chunks are no such stream.
-        IntegrityError: the contents have another digest, a file another size.
+        LayerMismatchError: the contents have another digest.
+        IntegrityError: a file has another size.
         UnsupportedError: we cannot compute such digests, or a file had to be copied.
         OSError: reading or writing failed.
     """
@@ -105,8 +120,7 @@ def receive_layer(
             receiver.receive(chunk)
         found = digest_from(content_hash)
         if covers_contents and found != digest:
-            msg = f"layer {digest}: its contents have the digest {found}"
-            raise IntegrityError(msg)
+            raise LayerMismatchError(digest, found)
         stream = writer.finish()
     register_stream(repository, layer_name(digest), stream)
     return ImportedLayer(stream, receiver.statistics)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from cfs.errors import BusyError
 from cfs.linux.files import naming
@@ -108,6 +108,12 @@ class LockedDirectory:
             if shared is not None:
                 shared._nr_users += 1  # noqa: SLF001 - of the same class
             return shared
+
+    def share(self) -> Self:
+        """Count another use, which has to be closed as well."""
+        with self._guard:
+            self._nr_users += 1
+        return self
 
     def close(self) -> None:
         """End one use; the last one closes the directory, which gives up the lock.

@@ -122,6 +122,17 @@ class Repository:
             directory.close()
             raise
 
+    def share(self) -> Self:
+        """Return another use of the same open store, with nothing to flush; closed by itself.
+
+        For whoever must not be hurt by a failure of the others: a failed sync is final.
+        """
+        verity = self.objects.verity
+        directory = self._directory.share()
+        other = type(self)(self.path, directory, self.metadata, verity=verity, erofs_version=None)
+        other.formats = self.formats
+        return other
+
     @property
     def fd(self) -> int:
         """The store's directory."""
@@ -239,17 +250,22 @@ def _check_secure(verity: Verity) -> None:
         raise UnsupportedError(msg)
 
 
-def default_path(*, user: bool = False, system: bool = False) -> str:
+def default_path(*, user: bool = False, system: bool = False, home: str | None = None) -> str:
     """Return where the store of the user or of the system is (spec repository 1.7).
 
     With neither, that is the system's for root and the user's for everybody else.
+
+    Args:
+        user: that of the user.
+        system: that of the system.
+        home: directory of the user, in place of ``HOME``.
 
     Raises:
         InvalidRequestError: ``HOME`` is not set.
     """
     if system or (not user and os.getuid() == 0):
         return _SYSTEM_PATH
-    home = os.environ.get("HOME")
+    home = home or os.environ.get("HOME")
     if not home:
         msg = "HOME is not set: cannot tell where the store of the user is"
         raise InvalidRequestError(msg)

@@ -540,9 +540,10 @@ def test_without_privilege_the_error_says_what_is_needed(mnt: Path) -> None:
     script = """
         import sys
         from cfs.errors import MountError
+        from cfs.mount import Place
         from cfs.overlaymount import OverlayLayers, OverlayMount
         try:
-            OverlayMount(sys.argv[1], "x", OverlayLayers(objects=[]))
+            OverlayMount(Place(sys.argv[1]), "x", OverlayLayers(objects=[]))
         except MountError as error:
             print(error)
     """

@@ -20,6 +20,7 @@ _COMMANDS = {
     "prepare-boot": Entry("oci.boot", "prepare_boot", "Write a boot entry of an image"),
     "copy": Entry("oci.copy", "copy", "Copy an image from another store"),
     "fsck": Entry("oci.fsck", "fsck", "Check the store and its images"),
+    "varlink": Entry("varlink", "varlink", "Serve stores and images over varlink"),
     "help": Entry("group", "show_help", "Print help of a command"),
 }
 

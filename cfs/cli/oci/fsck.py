@@ -1,5 +1,7 @@
 """``cfsctl oci fsck`` (spec cli-and-varlink a.6, a.10)."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from cfs.cli.collect import ended_by_interrupt, print_report
@@ -9,7 +11,10 @@ from cfs.cli.store import open_store
 from cfs.cli.strict import StrictCommand
 from cfs.errors import IntegrityError
 
-__all__ = ["fsck"]
+if TYPE_CHECKING:
+    from cfs.oci.fsck import OciReport
+
+__all__ = ["fsck", "print_oci_report"]
 
 
 @click.command(cls=StrictCommand)
@@ -22,6 +27,15 @@ def fsck(ctx: click.Context, /, image: str | None, is_json: bool) -> None:
 
     with open_store(ctx) as repository, ended_by_interrupt():
         report = check_images(repository, image)
+    print_oci_report(report, is_json=is_json)
+
+
+def print_oci_report(report: "OciReport", *, is_json: bool) -> None:
+    """Print what a check has found.
+
+    Raises:
+        IntegrityError: findings, unless as JSON.
+    """
     if is_json:
         print_json(report.as_dict())
         return

@@ -4,7 +4,9 @@ Specification: cli-and-varlink a.6, a.9.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -15,7 +17,15 @@ from cfs.cli.store import open_store
 from cfs.cli.strict import StrictCommand
 from cfs.oci.reference import Reference, parse_digest
 
-__all__ = ["images", "inspect", "tag", "untag"]
+__all__ = [
+    "check_document_choice",
+    "images",
+    "inspect",
+    "print_document",
+    "print_images",
+    "tag",
+    "untag",
+]
 
 _SHORT_DIGEST_SIZE = 12
 
@@ -31,22 +41,27 @@ def images(ctx: click.Context, /, is_json: bool) -> None:
         listing = list_images(repository)
     for name, error in listing.problems:
         click.echo(f"Warning: {escape(name)}: {describe(error)}", err=True)
+    print_images([asdict(image) for image in listing.images], is_json=is_json)
+
+
+def print_images(found: Sequence[Mapping[str, Any]], *, is_json: bool) -> None:
+    """Print tagged images, with the members of varlink's ``ImageEntry``."""
     if is_json:
-        print_json({"images": [asdict(image) for image in listing.images]})
-    elif not listing.images:
+        print_json({"images": found})
+    elif not found:
         click.echo("No images found")
     else:
         from cfs.cli.table import format_table
 
         rows = [
             (
-                image.name,
-                image.manifest_digest.removeprefix("sha256:")[:_SHORT_DIGEST_SIZE],
-                image.architecture if image.is_container else "artifact",
-                str(image.layer_count),
-                str(image.referrer_count),
+                image["name"],
+                image["manifest_digest"].removeprefix("sha256:")[:_SHORT_DIGEST_SIZE],
+                image["architecture"] if image["is_container"] else "artifact",
+                str(image["layer_count"]),
+                str(image["referrer_count"]),
             )
-            for image in listing.images
+            for image in found
         ]
         header = ("NAME", "DIGEST", "ARCH", "LAYERS", "REFS")
         click.echo(format_table(header, rows), nl=False)
@@ -61,17 +76,31 @@ def inspect(ctx: click.Context, /, image: Reference, is_manifest: bool, is_confi
     """Show manifest and config of IMAGE, a tag or @DIGEST, and the ids of what was made of it."""
     from cfs.oci.listing import inspect_image
 
-    if is_manifest and is_config:
-        msg = "--manifest cannot be used with --config"
-        raise click.UsageError(msg, ctx)
+    check_document_choice(ctx, is_manifest=is_manifest, is_config=is_config)
     with open_store(ctx) as repository:
         inspection = inspect_image(repository, image)
     if is_manifest or is_config:
-        sys.stdout.buffer.write(inspection.manifest if is_manifest else inspection.config)
-        sys.stdout.buffer.write(b"\n")
-        sys.stdout.buffer.flush()
+        print_document(inspection.manifest if is_manifest else inspection.config)
     else:
         print_json(inspection.as_dict())
+
+
+def check_document_choice(ctx: click.Context, *, is_manifest: bool, is_config: bool) -> None:
+    """Refuse two documents at once.
+
+    Raises:
+        click.UsageError: both were asked for.
+    """
+    if is_manifest and is_config:
+        msg = "--manifest cannot be used with --config"
+        raise click.UsageError(msg, ctx)
+
+
+def print_document(document: bytes) -> None:
+    """Print a document as it is, and a line feed."""
+    sys.stdout.buffer.write(document)
+    sys.stdout.buffer.write(b"\n")
+    sys.stdout.buffer.flush()
 
 
 @click.command(cls=StrictCommand)

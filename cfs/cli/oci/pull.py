@@ -1,6 +1,7 @@
 """``cfsctl oci pull`` (spec cli-and-varlink a.6)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +16,19 @@ if TYPE_CHECKING:
     from cfs.digest import Algorithm, Digest
     from cfs.oci.pull import Pulled
 
-__all__ = ["pull"]
+__all__ = ["PulledText", "check_expected", "print_pulled", "pull"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledText:
+    """What is printed of a pull; ``boot``: digest, xattr mode and version."""
+
+    manifest_digest: str
+    config_digest: str
+    verity: str
+    tag: str | None
+    statistics: str
+    boot: tuple[str, str, str] | None
 
 
 class _PullCommand(StrictCommand):
@@ -77,9 +90,7 @@ def pull(
     **source: Any,
 ) -> None:
     """Pull IMAGE (oci:PATH[:TAG], docker://...) into the store; tag it NAME, by default IMAGE."""
-    if expected_digest is not None and not bootable:
-        msg = "--expected-digest needs --bootable"
-        raise click.UsageError(msg, ctx)
+    check_expected(ctx, expected_digest, bootable=bootable)
     from cfs.cli.oci.progress import PullProgress
     from cfs.oci.pull import link_boot
     from cfs.oci.pull import pull as pull_image
@@ -97,7 +108,18 @@ def pull(
             if bootable:
                 pulled = link_boot(repository, pulled, expected)
         finally:  # the image is stored, boot image or not
-            _print(pulled, quiet=quiet, is_expected=expected is not None)
+            print_pulled(_describe(pulled), quiet=quiet, is_expected=expected is not None)
+
+
+def check_expected(ctx: click.Context, digest: str | None, *, bootable: bool) -> None:
+    """Refuse to expect what is not asked for.
+
+    Raises:
+        click.UsageError: there is a digest, and no boot image.
+    """
+    if digest is not None and not bootable:
+        msg = "--expected-digest needs --bootable"
+        raise click.UsageError(msg, ctx)
 
 
 def _parse_digest(text: str | None, algorithm: "Algorithm") -> "Digest | None":
@@ -119,16 +141,30 @@ def _parse_digest(text: str | None, algorithm: "Algorithm") -> "Digest | None":
     return digest
 
 
-def _print(pulled: "Pulled", *, quiet: bool, is_expected: bool) -> None:
+def _describe(pulled: "Pulled") -> PulledText:
+    boot = pulled.boot
+    return PulledText(
+        manifest_digest=pulled.manifest_digest,
+        config_digest=pulled.config_digest,
+        verity=str(pulled.manifest_stream),
+        tag=pulled.tag,
+        statistics=pulled.statistics.format(),
+        boot=None if boot is None else (str(boot.digest), boot.mode.value, f"V{boot.version}"),
+    )
+
+
+def print_pulled(pulled: PulledText, *, quiet: bool, is_expected: bool) -> None:
+    """Print what a pull has stored; how a boot image was made only if one was expected."""
     if quiet:
         print(pulled.manifest_digest)
         return
     print(f"manifest {pulled.manifest_digest}")
     print(f"config   {pulled.config_digest}")
-    print(f"verity   {pulled.manifest_stream}")
+    print(f"verity   {pulled.verity}")
     if pulled.tag is not None:
         print(f"tagged   {escape(pulled.tag)}")
-    print(f"objects  {pulled.statistics.format()}")
+    print(f"objects  {escape(pulled.statistics)}")
     if pulled.boot is not None:
-        how = f" (xattr-mode={pulled.boot.mode.value}, format-version=V{pulled.boot.version})"
-        print(f"Boot image: {pulled.boot.digest}{how if is_expected else ''}")
+        digest, mode, version = pulled.boot
+        how = f" (xattr-mode={mode}, format-version={version})"
+        print(f"Boot image: {digest}{how if is_expected else ''}")

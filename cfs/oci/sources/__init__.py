@@ -4,14 +4,15 @@ What a source hands out is verified: bytes have the size and the digest that the
 with, or reading them ends with an :class:`~cfs.errors.IntegrityError`.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
 from typing import TYPE_CHECKING, BinaryIO, Protocol, cast, runtime_checkable
 
-from cfs.errors import InvalidRequestError
+from cfs.errors import CfsError, InvalidRequestError
 
 if TYPE_CHECKING:
     from cfs.oci.layers import ImportedLayer
@@ -24,6 +25,9 @@ __all__ = [
     "Source",
     "SourceOptions",
     "StoppableSource",
+    "StoppedError",
+    "Stopper",
+    "needs_program",
     "open_source",
 ]
 
@@ -34,6 +38,55 @@ class LocalFetch(Enum):
     DISABLED = "disabled"
     AUTO = "auto"  # by reflink, else by copy
     ZEROCOPY = "zerocopy"  # by reflink, else by hard link; nothing is copied
+
+
+class StoppedError(CfsError):
+    """Who wanted the image does not want it any more."""
+
+
+class Stopper:
+    """Ends from any thread what reads an image, though it waits for a registry.
+
+    ``_lock`` guards the rest; the actions run within it, and must not block.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_stopped = False
+        self._actions: list[Callable[[], None]] = []
+
+    def stop(self) -> None:
+        """End it; more than once, too."""
+        with self._lock:
+            self._is_stopped = True
+            for action in self._actions:
+                action()
+
+    def check(self) -> None:
+        """Refuse to go on.
+
+        Raises:
+            StoppedError: it was ended.
+        """
+        if self._is_stopped:
+            msg = "stopped: nobody wants the image any more"
+            raise StoppedError(msg)
+
+    @contextmanager
+    def calling(self, action: Callable[[], None]) -> Iterator[None]:
+        """Have an end of the block called when somebody stops it.
+
+        Raises:
+            StoppedError: that was before.
+        """
+        with self._lock:
+            self.check()
+            self._actions.append(action)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._actions.remove(action)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +102,8 @@ class SourceOptions:
         creds: ``USER[:PASSWORD]``.
         cert_dir: directory of certificates for the registry.
         local_fetch: how to read ``containers-storage:``.
+        storage_root: the only storage to look into, unless skopeo reads it.
+        stopper: ends it from elsewhere.
     """
 
     arch: str | None = None
@@ -59,6 +114,8 @@ class SourceOptions:
     creds: str | None = None
     cert_dir: str | None = None
     local_fetch: LocalFetch = LocalFetch.DISABLED
+    storage_root: str | None = None
+    stopper: Stopper = field(default_factory=Stopper, compare=False, repr=False)
 
 
 class Source(Protocol):
@@ -166,6 +223,13 @@ def open_source(image: str, options: SourceOptions) -> AbstractContextManager[So
         return _load("skopeo", "open_with_skopeo")(image, options)
     msg = f"Parsing image reference transport: Invalid transport: {transport}"
     raise InvalidRequestError(msg)
+
+
+def needs_program(image: str, options: SourceOptions) -> bool:
+    """Whether skopeo is started for an image: with the rights of this process, whoever asks."""
+    transport = image.partition(":")[0]
+    is_storage = transport == _STORAGE and options.local_fetch is not LocalFetch.DISABLED
+    return transport in _SKOPEO and not is_storage
 
 
 def _load(module: str, name: str) -> _Opener:

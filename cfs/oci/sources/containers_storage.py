@@ -169,7 +169,8 @@ def open_containers_storage(rest: str, options: SourceOptions) -> Iterator[Stora
         OSError: it cannot be read.
     """
     zerocopy = options.local_fetch is LocalFetch.ZEROCOPY
-    for path in _list_roots(os.environ):
+    only = options.storage_root
+    for path in _list_roots(os.environ) if only is None else [only]:
         with ExitStack() as stack:
             root = _open_root(path, stack)
             image = None if root is None else _find_image(root, rest)

@@ -45,6 +45,7 @@ def open_with_skopeo(image: str, options: SourceOptions) -> Iterator[Source]:
     with (
         _scratch_directory(transport) as scratch,
         closing(Proxies(image, _command(transport, options, scratch))) as proxies,
+        options.stopper.calling(proxies.stop),
     ):
         yield _SkopeoSource(proxies, image)
 

@@ -1,0 +1,157 @@
+"""``--connect``: commands that a varlink service carries out (issue 7, point 5).
+
+A command is parsed as always; then, instead of its own function, runs the one of the same
+arguments that calls the service.  What a method has no parameter for is an error of usage, as is
+a command without a method: nothing is left out silently.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cfs.cli.strict import find_global_options
+from cfs.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from cfs.client import Client
+
+__all__ = [
+    "check_excluded",
+    "connected",
+    "find_remote",
+    "opened_store",
+    "refuse_insecure",
+    "refuse_parameters",
+    "with_address",
+]
+
+_OPTION = "--connect"
+_WITH_VALUES = ("--repo", "--hash", "--erofs-version")  # global options before a command
+_REMOTES = {
+    "init": "connect_store.init",
+    "gc": "connect_store.gc",
+    "fsck": "connect_store.fsck",
+    "images": "connect_store.images",
+    "list-images": "connect_store.images",
+    "image-objects": "connect_store.image_objects",
+    "mount": "connect_mounts.mount",
+    "ps": "connect_mounts.ps",
+    "umount": "connect_mounts.umount",
+    "fuse-serve": "connect_mounts.fuse_serve",
+    "oci images": "connect_oci.images",
+    "oci inspect": "connect_oci.inspect",
+    "oci tag": "connect_oci.tag",
+    "oci untag": "connect_oci.untag",
+    "oci compute-id": "connect_oci.compute_id",
+    "oci fsck": "connect_oci.fsck",
+    "oci pull": "connect_pull.pull",
+    "oci mount": "connect_mounts.oci_mount",
+}
+Remote = Callable[..., Any]
+
+
+def with_address(args: Sequence[str]) -> list[str]:
+    """Return arguments in which ``--connect`` has a value, which is empty if none was given.
+
+    The next word is its value if it looks like an address: click would take any word.
+    """
+    rest = list(args)
+    words: list[str] = []
+    while rest and rest[0].startswith("-") and rest[0] != "--":
+        word = rest.pop(0)
+        if word == _OPTION:
+            is_address = bool(rest) and (rest[0].startswith("unix:") or "/" in rest[0])
+            word = f"{_OPTION}={rest.pop(0) if is_address else ''}"
+        words.append(word)
+        if word in _WITH_VALUES and rest:
+            words.append(rest.pop(0))
+    return words + rest
+
+
+def check_excluded(ctx: click.Context, option: str, given: Mapping[str, bool]) -> None:
+    """Refuse options beside another one.
+
+    Raises:
+        click.UsageError: one of them is given.
+    """
+    for other, is_given in given.items():
+        if is_given:
+            msg = f"{other} cannot be used with {option}"
+            raise click.UsageError(msg, ctx)
+
+
+def find_remote(ctx: click.Context) -> Remote:
+    """Return what runs in place of a command; it takes the context and the same arguments.
+
+    Raises:
+        click.UsageError: no method does what the command does.
+    """
+    name = ctx.command_path.partition(" ")[2]
+    if name not in _REMOTES:
+        msg = f"{name} cannot be used with {_OPTION}: no varlink method does it"
+        raise click.UsageError(msg, ctx)
+    module, _, function = _REMOTES[name].partition(".")
+    if name != "init":
+        refuse_insecure(ctx)
+    remote: Remote = getattr(importlib.import_module(f"cfs.cli.{module}"), function)
+    return remote
+
+
+def refuse_insecure(ctx: click.Context) -> None:
+    """Refuse ``--insecure``, which is for stores that we open ourselves.
+
+    Raises:
+        click.UsageError: it is given.
+    """
+    check_excluded(ctx, _OPTION, {"--insecure": find_global_options(ctx).insecure})
+
+
+def refuse_parameters(ctx: click.Context, options: Mapping[str, bool]) -> None:
+    """Refuse options of a command that its method has no parameter for.
+
+    Args:
+        ctx: of the running command.
+        options: whether they were given.
+
+    Raises:
+        click.UsageError: one was.
+    """
+    check_excluded(ctx, _OPTION, options)
+
+
+@contextmanager
+def connected(ctx: click.Context) -> "Iterator[Client]":
+    """Connect to the service of ``--connect`` while the block runs.
+
+    Raises:
+        ConnectionLostError: nobody answers there.
+        InvalidRequestError: it is no address.
+    """
+    from cfs.client import Client
+
+    with Client(find_global_options(ctx).connect or None) as client:
+        yield client
+
+
+@contextmanager
+def opened_store(ctx: click.Context) -> "Iterator[tuple[Client, int]]":
+    """Open the service's store while the block runs; yield client and handle.
+
+    That is the store of the system if root serves, else of the user who serves, as it is for
+    commands without ``--connect``.
+
+    Raises:
+        InvalidRequestError: the store has another hash than ``--hash`` says.
+        CfsError: as for :meth:`cfs.client.Client.call`.
+    """
+    algorithm = find_global_options(ctx).algorithm
+    with connected(ctx) as client:
+        is_system = client.peer_uid == 0
+        with client.opened(user=not is_system or None, system=is_system or None) as store:
+            if algorithm is not None and store.hash_algorithm != algorithm.name.lower():
+                msg = f"the store uses {store.hash_algorithm}, not {algorithm.name.lower()}"
+                raise InvalidRequestError(msg)
+            yield client, store.handle

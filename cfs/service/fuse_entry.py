@@ -1,0 +1,88 @@
+"""One FUSE mount of the service, as clients see it (spec cli-and-varlink c.4)."""
+
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from cfs.errors import UnsupportedError
+from cfs.fuse.mounts import Mount
+
+__all__ = ["FuseEntry", "FuseState"]
+
+
+class FuseState(Enum):
+    """``FuseState`` of the IDL."""
+
+    STARTING = "Starting"
+    SERVING = "Serving"
+    ENDED = "Ended"
+    FAILED = "Failed"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing follows."""
+        return self in (FuseState.ENDED, FuseState.FAILED)
+
+
+@dataclass(slots=True, kw_only=True)
+class FuseEntry:
+    """A FUSE mount of the service; changed by :class:`FuseMounts` alone.
+
+    Attributes:
+        number: ``mount_id``.
+        image: as the client named it.
+        owner_uid: of that client.
+        mountpoint: where it is attached, or None.
+        mode: ``FuseMode`` of the IDL.
+        wants_passthrough: the kernel reads objects.
+        state: where its life is.
+        mount: itself, from state Serving on.
+        started: when it became visible, in seconds since the epoch.
+        error: why it failed.
+        is_ending: we told it to end.
+        pidfd: of the supervisor, while that lives; else -1.
+        watchers: sockets that get a byte at each change.
+        end_time: when it ended, on the monotonic clock.
+        lock: guards the descriptors of ``mount``, which its end closes.
+    """
+
+    number: int
+    image: str
+    owner_uid: int
+    mountpoint: str | None
+    mode: str
+    wants_passthrough: bool
+    state: FuseState = FuseState.STARTING
+    mount: Mount | None = None
+    started: int | None = None
+    error: str | None = None
+    is_ending: bool = False
+    pidfd: int = -1
+    watchers: list[socket.socket] = field(default_factory=list)
+    end_time: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as ``FuseMount`` of the IDL."""
+        requests, passthrough = None, self.wants_passthrough
+        if self.mount is not None:
+            with suppress(UnsupportedError, OSError), self.lock:
+                statistics = self.mount.statistics()
+                requests = sum(statistics.requests.values())
+                passthrough = statistics.use_passthrough
+        return {
+            "mount_id": self.number,
+            "image": self.image,
+            "mountpoint": self.mountpoint,
+            "mode": self.mode,
+            "passthrough": passthrough,
+            "state": self.state.value,
+            "owner_uid": self.owner_uid,
+            "server_pid": 0 if self.mount is None else self.mount.pid,
+            "started": self.started,
+            "requests": requests,
+            "error": self.error,
+        }

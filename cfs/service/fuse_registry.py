@@ -1,0 +1,353 @@
+"""The FUSE mounts of the service (spec cli-and-varlink c.3 and c.4).
+
+Each mount has a supervisor, a process of its own, to which we hold one end of a channel.  When
+all copies of that end are closed, the supervisor takes the mount down.  So a service that dies
+takes its mounts along, unless systemd's descriptor store has copies: then they live on while the
+service restarts, and the next service adopts them; at a real stop systemd closes its copies, and
+they end as well.  Nothing has to know which of it is happening.
+
+Any thread may call.  State: ``_lock`` guards the table and the state of the entries, and is held
+for moments.  One thread waits for the ends of all supervisors; it starts with the first mount.
+"""
+
+import json
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from cfs.errors import CfsError
+from cfs.fuse.adopted import AdoptedProcess
+from cfs.fuse.mounts import Mount
+from cfs.fuse.options import Mode, Passthrough, ServeOptions
+from cfs.service.call import close_fds
+from cfs.service.errors import MethodError
+from cfs.service.fuse_entry import FuseEntry, FuseState
+
+if TYPE_CHECKING:
+    from cfs.service.call import Peer
+    from cfs.service.fdstore import Notifier
+
+__all__ = ["PREFIX", "FuseMounts"]
+
+PREFIX = "cfs-mount."  # of the names in the descriptor store: cfs-mount.NUMBER.ROLE
+_COUNTER = f"{PREFIX}0.last"
+_ROLES = ("channel", "state", "pidfd", "record")
+_KEPT_SECONDS = 60.0
+_MAX_MOUNTS = 1000  # of a user, those that ended a moment ago included
+_CLOSE_SECONDS = 10.0
+_RECORD_SIZE = 64 * 1024
+_MODES = {Mode.PLAIN: "Fuse", Mode.OVERLAY: "FuseOverlay"}
+
+
+class FuseMounts:
+    """All FUSE mounts of a service.
+
+    Args:
+        notify: keeps mounts over a restart of the service, or None.
+        records: directory of the records that ``cfsctl ps`` reads, or None.
+
+    Attributes:
+        records: the same.
+    """
+
+    def __init__(self, notify: "Notifier | None" = None, *, records: str | None = None) -> None:
+        self.records = records
+        self._notifier = notify
+        self._lock = threading.Lock()
+        self._entries: dict[int, FuseEntry] = {}
+        self._stored: set[int] = set()
+        self._last = 0
+        self._counter_fd = -1  # holds the same over restarts, from the first stored mount on
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        self._wakeup_writer.settimeout(0)
+
+    def add(
+        self, peer: "Peer", image: str, mountpoint: str | None, options: ServeOptions
+    ) -> FuseEntry:
+        """Return a new mount, in state Starting.
+
+        Raises:
+            MethodError: ``MountFailed``: the user has too many, or the service ends.
+        """
+        with self._lock:
+            self._forget_old()
+            number_of_user = sum(e.owner_uid == peer.uid for e in self._entries.values())
+            if self._is_closed or number_of_user >= _MAX_MOUNTS:
+                reason = "the service ends" if self._is_closed else "too many mounts of this user"
+                raise MethodError("MountFailed", message=reason)
+            self._last += 1
+            self._save_last()
+            entry = FuseEntry(
+                number=self._last,
+                image=image,
+                owner_uid=peer.uid,
+                mountpoint=mountpoint,
+                mode=_MODES[options.mode],
+                wants_passthrough=options.passthrough is Passthrough.ON,
+            )
+            self._entries[entry.number] = entry
+        return entry
+
+    def serve(self, entry: FuseEntry, mount: Mount, *, is_lasting: bool) -> None:
+        """Go on to state Serving.
+
+        Args:
+            entry: in state Starting.
+            mount: which serves; ours from now on.
+            is_lasting: it shall survive a restart of the service.
+        """
+        pidfd = os.pidfd_open(mount.pid)  # it is our child and not waited for: never another one
+        with self._lock:
+            entry.mount, entry.pidfd, entry.started = mount, pidfd, int(time.time())
+            entry.state = FuseState.SERVING
+            is_closed = self._is_closed
+        if is_lasting:
+            self._store(entry)
+        self._tell(entry)
+        self._watch()
+        if is_closed:
+            self.end(entry)
+
+    def fail(self, entry: FuseEntry, reason: str) -> None:
+        """Go from Starting to state Failed."""
+        self._finish(entry, FuseState.FAILED, reason)
+
+    def visible(self, peer: "Peer", number: int | None = None) -> list[FuseEntry]:
+        """Return the mounts that a peer may see, or the one with a number.
+
+        Raises:
+            MethodError: ``NoSuchMount``.
+        """
+        with self._lock:
+            self._forget_old()
+            entries = [e for e in self._entries.values() if peer.uid in (0, e.owner_uid)]
+        if number is None:
+            return entries
+        found = [entry for entry in entries if entry.number == number]
+        if not found:
+            raise MethodError("NoSuchMount", mount_id=number)
+        return found
+
+    @contextmanager
+    def watching(self, entry: FuseEntry) -> Iterator[socket.socket]:
+        """Have a byte for each change of a mount in a socket; it stays listed meanwhile."""
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            writer.settimeout(0)
+            with self._lock:
+                entry.watchers.append(writer)
+            try:
+                yield reader
+            finally:
+                with self._lock:
+                    entry.watchers.remove(writer)
+
+    def end(self, entry: FuseEntry) -> None:
+        """Have a mount taken down: out of the tree at once, its users get a moment; do not wait."""
+        with self._lock:
+            entry.is_ending = True
+            mount = entry.mount
+        if mount is not None and not entry.state.is_final:
+            mount.end()
+
+    def lose_place(self, entry: FuseEntry) -> None:
+        """Note that a mount that may be used for a while yet is attached nowhere any more."""
+        with self._lock:
+            entry.mountpoint = None
+
+    def wait_ended(self, entries: Sequence[FuseEntry], seconds: float) -> bool:
+        """Wait until mounts have ended, at most so long; return whether they have."""
+        deadline = time.monotonic() + seconds
+        for entry in entries:
+            with self.watching(entry) as changes:
+                poll = select.poll()
+                poll.register(changes, select.POLLIN)
+                while not entry.state.is_final:
+                    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                        return False
+                    changes.recv(1)
+        return True
+
+    def adopt(self, stored: Mapping[str, Sequence[int]]) -> None:
+        """Go on with the mounts of the service before us; what is of no use is closed.
+
+        Args:
+            stored: descriptors by their names, from systemd; ours from now on.
+        """
+        stored = {**stored}
+        counters = stored.pop(_COUNTER, ())
+        with self._lock:
+            for fd in counters:
+                self._last = max(self._last, int(os.pread(fd, _RECORD_SIZE, 0) or b"0"))
+        close_fds(counters)
+        groups: dict[str, dict[str, int]] = {}
+        for name, fds in stored.items():
+            number, _, role = name.removeprefix(PREFIX).partition(".")
+            close_fds(fds[1:])
+            groups.setdefault(number, {})[role] = fds[0]
+        for number, group in groups.items():
+            try:
+                self._adopt(group)
+            except (KeyError, TypeError, ValueError, OSError, CfsError):
+                # its supervisor ended meanwhile, and systemd dropped some of it
+                close_fds(group.values())
+                self._drop(number)
+        self._watch()
+
+    def close(self) -> None:
+        """Let go of all mounts: those in the descriptor store live on, all others end."""
+        with self._lock:
+            self._is_closed = True
+            keeps = self._notifier is not None and self._notifier.stores
+            kept = self._stored if keeps else set()
+            entries = [e for e in self._entries.values() if e.number not in kept]
+        for entry in entries:
+            self.end(entry)
+        self.wait_ended([e for e in entries if e.state is not FuseState.STARTING], _CLOSE_SECONDS)
+        self._wakeup_writer.close()
+        if self._thread is not None:
+            self._thread.join()
+        self._wakeup.close()
+        close_fds([self._counter_fd] if self._counter_fd >= 0 else [])
+        for entry in self._entries.values():
+            if entry.pidfd >= 0:
+                os.close(entry.pidfd)
+                entry.pidfd = -1
+            if entry.mount is not None:
+                with entry.lock:
+                    entry.mount.close()
+
+    def _adopt(self, group: Mapping[str, int]) -> None:
+        """Make an entry of the descriptors of a mount."""
+        record = json.loads(os.pread(group["record"], _RECORD_SIZE, 0))
+        with ExitStack() as stack:
+            channel = stack.enter_context(socket.socket(fileno=os.dup(group["channel"])))
+            process = AdoptedProcess(record["pid"], group["pidfd"], channel)
+            state = os.dup(group["state"]) if "state" in group else -1
+            mount = Mount(record["place"], record["device"], process, channel, state)
+            entry = FuseEntry(**record["entry"], state=FuseState.SERVING, mount=mount)
+            entry.pidfd = group["pidfd"]
+            stack.pop_all()
+        close_fds(fd for role, fd in group.items() if role != "pidfd")
+        with self._lock:
+            self._last = max(self._last, entry.number)
+            self._entries[entry.number] = entry
+            self._stored.add(entry.number)
+
+    def _store(self, entry: FuseEntry) -> None:
+        """Give the descriptors of a mount to systemd, and wait until it has them."""
+        if self._notifier is None or entry.mount is None:
+            return
+        with self._lock:
+            if self._counter_fd < 0:
+                self._counter_fd = os.memfd_create("cfs-counter", os.MFD_CLOEXEC)
+                self._notifier.keep(_COUNTER, self._counter_fd)
+            self._save_last()
+        kept = (
+            "number",
+            "image",
+            "owner_uid",
+            "mountpoint",
+            "mode",
+            "wants_passthrough",
+            "started",
+        )
+        record = {
+            "pid": entry.mount.pid,
+            "place": entry.mount.mountpoint,
+            "device": entry.mount.device,
+            "entry": {name: getattr(entry, name) for name in kept},
+        }
+        fd = os.memfd_create("cfs-record", os.MFD_CLOEXEC)
+        try:
+            os.pwrite(fd, json.dumps(record).encode(), 0)
+            fds = {**entry.mount.descriptors(), "pidfd": entry.pidfd, "record": fd}
+            with self._lock:
+                self._stored.add(entry.number)
+            for role in _ROLES:
+                if fds[role] >= 0:
+                    self._notifier.keep(f"{PREFIX}{entry.number}.{role}", fds[role])
+            self._notifier.barrier()
+        finally:
+            os.close(fd)
+
+    def _save_last(self) -> None:
+        if self._counter_fd >= 0:
+            os.pwrite(self._counter_fd, b"%d" % self._last, 0)
+
+    def _drop(self, number: object) -> None:
+        if self._notifier is not None:
+            for role in _ROLES:
+                self._notifier.drop(f"{PREFIX}{number}.{role}")
+
+    def _watch(self) -> None:
+        """Have the thread look at all supervisors anew; start it if it does not run yet."""
+        with self._lock:
+            if self._thread is None and not self._is_closed:
+                self._thread = threading.Thread(target=self._run, name="cfs-mounts", daemon=True)
+                self._thread.start()
+        with suppress(OSError):  # full: it will look anyway; closed: the service ends
+            self._wakeup_writer.send(b"\0")
+
+    def _run(self) -> None:
+        while True:
+            poll = select.poll()
+            poll.register(self._wakeup, select.POLLIN)
+            with self._lock:
+                running = {e.pidfd: e for e in self._entries.values() if e.pidfd >= 0}
+            for pidfd in running:
+                poll.register(pidfd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wakeup.fileno() in ready and not self._wakeup.recv(_RECORD_SIZE):
+                return
+            for pidfd in ready & running.keys():
+                self._bury(running[pidfd])
+
+    def _bury(self, entry: FuseEntry) -> None:
+        """Take note of the end of a supervisor."""
+        assert entry.mount is not None
+        words = entry.mount.last_words()
+        error = None
+        try:
+            with entry.lock:
+                status = entry.mount.wait()
+            if status < 0:  # killed: its session may serve on, and nobody would look after that
+                entry.mount.unmount()
+        except (CfsError, OSError) as failure:
+            status, words = 1, words or str(failure)
+        if status and not entry.is_ending:
+            error = words or f"the server ended with status {status}"
+        with self._lock:
+            pidfd, entry.pidfd = entry.pidfd, -1
+            is_stored = entry.number in self._stored
+            self._stored.discard(entry.number)
+        os.close(pidfd)
+        if is_stored:
+            self._drop(entry.number)
+        self._finish(entry, FuseState.ENDED if error is None else FuseState.FAILED, error)
+
+    def _finish(self, entry: FuseEntry, state: FuseState, error: str | None) -> None:
+        with self._lock:
+            entry.state, entry.error, entry.end_time = state, error, time.monotonic()
+        self._tell(entry)
+
+    def _tell(self, entry: FuseEntry) -> None:
+        with self._lock:
+            for watcher in entry.watchers:
+                with suppress(OSError):  # full: whoever watches does not read, or has gone
+                    watcher.send(b"\0")
+
+    def _forget_old(self) -> None:
+        """Forget mounts that ended a while ago; the lock is held."""
+        now = time.monotonic()
+        for entry in [*self._entries.values()]:
+            is_old = entry.state.is_final and now - entry.end_time > _KEPT_SECONDS
+            if is_old and not entry.watchers:
+                del self._entries[entry.number]

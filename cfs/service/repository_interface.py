@@ -1,0 +1,239 @@
+"""``org.composefs.Repository`` but for FUSE: stores, their images, checks and collections.
+
+Specification: cli-and-varlink b.3 and b.6; names and parameters are those of the IDL.  Errors of
+cfs and of the system that leave a method become ``InternalError``.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cfs.errors import (
+    BusyError,
+    CfsError,
+    FormatError,
+    InvalidRequestError,
+    NotFoundError,
+    describe,
+)
+from cfs.linux.files import owned
+from cfs.repository.creation import Outcome, init
+from cfs.repository.fsck import check
+from cfs.repository.gc import Collection, collect
+from cfs.repository.images import image_objects, list_images
+from cfs.repository.metadata import parse_algorithm
+from cfs.repository.metafile import read_metadata
+from cfs.service.budget import Budget
+from cfs.service.errors import MethodError
+from cfs.service.kernel_mounts import find_wrong_fds, reply_mount
+from cfs.service.rights import as_peer, refuse_foreign, store_path
+
+if TYPE_CHECKING:
+    from cfs.service.call import Call
+    from cfs.service.handles import Handles
+
+__all__ = ["RepositoryMethods"]
+
+_DEFAULT_ALGORITHM = "fsverity-sha512-12"
+_EROFS_VERSION = 1
+_COLLECT_WAIT_S = 10.0  # for other processes; a client may have no more patience than 45 s
+_CHECKS_PER_UID, _CHECKS = 4, 16
+_CHECK_WAIT_S = 600.0
+_STATUSES = {
+    Outcome.CREATED: "Created",
+    Outcome.EXISTED: "Opened",
+    Outcome.PRESERVED: "Opened",
+    Outcome.UPGRADED: "Upgraded",
+}
+
+_Reply = dict[str, Any]
+
+
+class RepositoryMethods:
+    """The methods.  Any thread may call; state: the handles, and how many checks run."""
+
+    def __init__(self, handles: "Handles") -> None:
+        """Share the handles with the other interfaces."""
+        self._handles = handles
+        trusted = frozenset({0, os.geteuid()})
+        self._checks = Budget(per_uid=_CHECKS_PER_UID, total=_CHECKS, trusted=trusted)
+
+    def InitRepository(
+        self, call: "Call", *, path: str, algorithm: str | None, insecure: bool | None
+    ) -> _Reply:
+        """Make a store, or check that the one that is there is the same."""
+        outcome = self._init(call, path, algorithm, insecure=insecure, ensure=False)
+        return {"created": outcome is Outcome.CREATED}
+
+    def EnsureRepository(
+        self, call: "Call", *, path: str, algorithm: str | None, insecure: bool | None
+    ) -> _Reply:
+        """Make a store, or leave the one that is there, if it has that algorithm."""
+        outcome = self._init(call, path, algorithm, insecure=insecure, ensure=True)
+        return {"status": _STATUSES[outcome]}
+
+    def _init(
+        self, call: "Call", path: str, algorithm: str | None, *, insecure: bool | None, ensure: bool
+    ) -> Outcome:
+        try:
+            wanted = parse_algorithm(_DEFAULT_ALGORITHM if algorithm is None else algorithm)
+        except FormatError as error:
+            msg = f"invalid algorithm: {error}"
+            raise MethodError("InvalidSpec", {"message": msg}) from None
+        with as_peer(call.peer):
+            _check_path(path)
+            is_secure = _is_secure(path)  # varlink does not compare it
+            if is_secure is None:
+                is_secure = not (self._handles.options.insecure if insecure is None else insecure)
+            return init(
+                path,
+                algorithm=wanted,
+                is_secure=is_secure,
+                erofs_version=_EROFS_VERSION,
+                ensure=ensure,
+            ).outcome
+
+    def OpenRepository(
+        self, call: "Call", *, path: str | None, user: bool | None, system: bool | None
+    ) -> _Reply:
+        """Open a store."""
+        if (path is not None) + bool(user) + bool(system) != 1:
+            msg = "exactly one of `path`, `user`, `system` must be set"
+            raise MethodError("InvalidSpec", {"message": msg})
+        if path is None:
+            try:
+                path = store_path(call.peer, user=bool(user))
+            except InvalidRequestError as error:
+                raise MethodError("InvalidSpec", {"message": str(error)}) from None
+        try:
+            _check_path(path)
+            opened = self._handles.open_store(call, path)
+        except (CfsError, OSError) as error:
+            raise MethodError("RepoNotFound", {"message": describe(error)}) from None
+        reply: _Reply = {
+            "handle": opened.handle,
+            "hash_algorithm": opened.algorithm.name.lower(),
+        }
+        if opened.objects_device is not None:
+            reply["objects_device_id"] = opened.objects_device
+        return reply
+
+    def CloseRepository(self, call: "Call", *, handle: int) -> None:
+        """Give a handle back."""
+        self._handles.close(call, handle)
+
+    def Fsck(self, call: "Call", *, handle: int, metadata_only: bool | None) -> _Reply:
+        """Check a store."""
+        with self._handles.get(call, handle) as store, self._checking(call.peer.uid):
+            return check(store.repository, metadata_only=bool(metadata_only)).as_dict()
+
+    @contextmanager
+    def _checking(self, uid: int) -> Iterator[None]:
+        """Bound the checks at the same time: each has as many threads as there are processors."""
+        with self._checks.lend(uid, 1, timeout=_CHECK_WAIT_S) as may_check:
+            if not may_check:
+                msg = "too many repositories are being checked"
+                raise BusyError(msg)
+            yield
+
+    def Gc(self, call: "Call", *, handle: int, dry_run: bool, roots: list[str]) -> _Reply:
+        """Remove what no name needs."""
+        kept = [root.encode() for root in roots]
+        if dry_run:
+            with self._handles.get(call, handle) as store:
+                found = collect(store.repository, kept, dry_run=True)
+        else:
+            found = self._collect(call, handle, kept)
+        result = {
+            "objects_removed": found.nr_objects,
+            "objects_bytes": found.size,
+            "images_pruned": found.nr_links["images"],
+            "streams_pruned": found.nr_links["streams"],
+        }
+        return {"result": result, "dry_run": dry_run}
+
+    def _collect(self, call: "Call", handle: int, roots: list[bytes]) -> Collection:
+        """Collect as soon as nobody else uses the store.
+
+        Between two tries the other calls on the store get their turn.
+        """
+        deadline_s = time.monotonic() + _COLLECT_WAIT_S
+        while True:
+            with self._handles.exclusive(call, handle) as store:
+                try:
+                    return collect(store.repository, roots, on_wait=_give_up)
+                except BusyError:
+                    if time.monotonic() > deadline_s or call.gone():
+                        raise
+
+    def ImageObjects(self, call: "Call", *, handle: int, name: str) -> _Reply:
+        """List the objects that an image needs."""
+        with self._handles.get(call, handle) as store:
+            with _unknown_images(name):
+                digests = image_objects(store.repository, name)
+            prefix = store.repository.algorithm.name.lower()
+        return {"object_ids": [f"{prefix}:{digest}" for digest in digests]}
+
+    def ListImageRefs(self, call: "Call", *, handle: int) -> _Reply:
+        """List the named images."""
+        with self._handles.get(call, handle) as store:
+            images = list_images(store.repository)
+        return {"images": [{"name": image.name, "digest": image.digest} for image in images]}
+
+    def Mount(self, call: "Call", *, handle: int, name: str, options: dict[str, Any]) -> _Reply:
+        """Make a kernel mount of an image, attached nowhere."""
+        with self._handles.get(call, handle) as store:
+            # a made-up image would reach the kernel, with set-user-ID files
+            refuse_foreign(call.peer)
+            if wrong := find_wrong_fds(call, options):
+                raise MethodError("InvalidSpec", {"message": wrong})
+            return reply_mount(call, store.repository, name, options)
+
+
+def _check_path(path: str) -> None:
+    """Refuse what no path can be.
+
+    Raises:
+        InvalidRequestError: it has a NUL, or half of a surrogate pair.
+    """
+    try:
+        is_path = b"\0" not in path.encode()
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        msg = "the path of the repository has a NUL, or is no text"
+        raise InvalidRequestError(msg)
+
+
+def _is_secure(path: str) -> bool | None:
+    """Return whether the store that is there is secure; None if there is none yet.
+
+    What is broken is left to who uses it next.
+    """
+    try:
+        with ExitStack() as stack:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            found = read_metadata(owned(stack, os.open(path, flags)))
+    except (CfsError, OSError):
+        return None
+    return None if found is None else found[1]
+
+
+@contextmanager
+def _unknown_images(name: str) -> Iterator[None]:
+    """Make ``NoSuchRef`` of names that lead to nothing, the empty one aside."""
+    try:
+        yield
+    except NotFoundError:
+        raise MethodError("NoSuchRef", {"reference": name}) from None
+    except InvalidRequestError:
+        if not name:
+            raise
+        raise MethodError("NoSuchRef", {"reference": name}) from None
+
+
+def _give_up() -> None:
+    msg = "the repository is in use by another process"
+    raise BusyError(msg)

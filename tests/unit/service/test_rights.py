@@ -1,0 +1,134 @@
+"""Who is foreign, and what a foreign user may mount on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cfs.errors import InvalidRequestError
+from cfs.linux.capabilities import Capability, has_capability
+from cfs.linux.credentials import Credentials
+from cfs.service.call import Peer
+from cfs.service.errors import PermissionDenied
+from cfs.service.rights import (
+    as_peer,
+    as_service,
+    is_foreign,
+    open_mountpoint,
+    refuse_foreign,
+    store_path,
+)
+from tests.unit.service.direct import OWN, SOMEBODY
+
+ROOT = Peer(1, 0, 0, ())
+
+
+@pytest.fixture
+def root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: only root may act as somebody else")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    place = tmp_path / "place"
+    place.mkdir()
+    return place
+
+
+def test_root_and_the_own_user_are_not_foreign() -> None:
+    before = Credentials.current()
+    for peer in (OWN, ROOT):
+        assert not is_foreign(peer)
+        refuse_foreign(peer)
+        with as_peer(peer):
+            assert Credentials.current() == before
+    assert is_foreign(SOMEBODY)
+    with pytest.raises(PermissionDenied):
+        refuse_foreign(SOMEBODY)
+
+
+@pytest.mark.usefixtures("root")
+def test_a_foreign_user_has_his_own_rights_only() -> None:
+    before = Credentials.current()
+    with as_peer(SOMEBODY):
+        assert Credentials.current().uid == SOMEBODY.uid
+        assert not has_capability(Capability.SYS_ADMIN)
+        with as_peer(SOMEBODY, may_mount=True):
+            assert has_capability(Capability.SYS_ADMIN)
+            assert not has_capability(Capability.DAC_READ_SEARCH)
+            assert Credentials.current().uid == SOMEBODY.uid
+        with as_service():
+            assert Credentials.current() == before
+        assert not has_capability(Capability.SYS_ADMIN)
+    assert Credentials.current() == before
+
+
+def test_a_service_that_is_not_root_refuses_others() -> None:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            if os.geteuid() == 0:
+                os.setresuid(54399, 54399, 54399)
+            try:
+                with as_peer(SOMEBODY):
+                    pass
+            except PermissionDenied:
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_own_user_mounts_on_any_directory(place: Path) -> None:
+    fd = open_mountpoint(OWN, str(place))
+    assert os.path.samestat(os.fstat(fd), place.stat())
+    os.close(fd)
+    with pytest.raises(NotADirectoryError):
+        open_mountpoint(OWN, "/proc/version")
+
+
+@pytest.mark.usefixtures("root")
+def test_a_foreign_user_mounts_on_his_own_directory(place: Path) -> None:
+    os.chown(place, SOMEBODY.uid, -1)
+    place.chmod(0o700)
+    fd = open_mountpoint(SOMEBODY, str(place))
+    assert os.path.samestat(os.fstat(fd), place.stat())
+    os.close(fd)
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(("owner", "mode"), [(SOMEBODY.uid, 0o500), (0, 0o777)])
+def test_a_foreign_user_mounts_on_no_other_directory(place: Path, owner: int, mode: int) -> None:
+    os.chown(place, owner, -1)
+    place.chmod(mode)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(PermissionDenied):
+        open_mountpoint(SOMEBODY, str(place))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.usefixtures("root")
+def test_a_foreign_user_is_not_led_where_he_may_not_go(place: Path) -> None:
+    hidden = place / "hidden"
+    inner = hidden / "inner"
+    inner.mkdir(parents=True)
+    os.chown(inner, SOMEBODY.uid, -1)
+    hidden.chmod(0o700)
+    with pytest.raises(PermissionError):
+        open_mountpoint(SOMEBODY, str(inner))
+
+
+def test_stores_are_those_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert store_path(OWN, user=False) == "/sysroot/composefs"
+    assert store_path(OWN, user=True) == "/nowhere/.var/lib/composefs"
+    with pytest.raises(InvalidRequestError):
+        store_path(SOMEBODY, user=True)
+    monkeypatch.delenv("HOME")
+    with pytest.raises(InvalidRequestError):
+        store_path(OWN, user=True)
