@@ -48,6 +48,9 @@ _REMOTES = {
     "oci compute-id": "connect_oci.compute_id",
     "oci fsck": "connect_oci.fsck",
     "oci pull": "connect_pull.pull",
+    "oci copy": "connect_layers.copy",
+    "oci layer": "connect_layers.layer",
+    "oci import-layer": "connect_layers.import_layer",
     "oci mount": "connect_mounts.oci_mount",
 }
 Remote = Callable[..., Any]

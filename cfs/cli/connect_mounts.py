@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,11 +31,13 @@ from cfs.client.repository import (
 )
 from cfs.errors import CfsError, InvalidRequestError, MountError, NotFoundError
 from cfs.fuse.choices import Mode, Passthrough, Verify
-from cfs.fuse.options import ServeChoices
 from cfs.linux.files import owned
 from cfs.linux.mounts import attach_mount, is_initial_user_namespace
 from cfs.mount import prepare_mountpoint
 from cfs.mounting.choice import FuseWish, MountRequest
+
+if TYPE_CHECKING:
+    from cfs.fuse.options import ServeChoices
 
 __all__ = ["fuse_serve", "mount", "oci_mount", "ps", "umount"]
 

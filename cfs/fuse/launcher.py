@@ -107,8 +107,9 @@ class Launcher:
     ) -> Mount:
         """Mount a vector and return when it serves; arguments and errors as for :func:`start`.
 
-        A :class:`~cfs.mount.Place` may be no directory at all; then the mount's ``tree_fd`` is all
-        there is of it.
+        A :class:`~cfs.mount.Place` may be no directory at all; then there is nothing of the mount
+        but the descriptor that :meth:`Mount.take_tree` gives.
+
         Copies of the descriptors of ``traces`` are held by the processes of the mount, and the
         names removed when it ends; if this fails they are the caller's business.
         """

@@ -55,11 +55,10 @@ class Mount:
         process: the supervisor, or without one the session.
         channel: to it; owned by the mount.
         state_fd: memfd of the statistics, owned by the mount; -1 without workers.
-        tree_fd: see below.
+        tree_fd: descriptor of a mount without a place, owned by the mount; else -1.
 
     Attributes:
         mountpoint: without symlinks; empty if there is none.
-        tree_fd: descriptor of a mount without a place, to be taken by the caller; else -1.
         device: device number, ``st_dev`` of everything in it.
         pid: of the supervisor, or without one of the session; a child of this process.
     """
@@ -77,7 +76,7 @@ class Mount:
         self.mountpoint = mountpoint
         self.device = device
         self.pid = process.pid
-        self.tree_fd = tree_fd
+        self._tree_fd = tree_fd
         self._process = process
         self._channel = channel
         self._state_fd = state_fd
@@ -140,6 +139,11 @@ class Mount:
             self._abort()
         if self._has_orphan:
             self._end_orphan(grace)
+
+    def take_tree(self) -> int:
+        """Return the descriptor of a mount without a place, the caller's from now on; else -1."""
+        tree_fd, self._tree_fd = self._tree_fd, -1
+        return tree_fd
 
     def end(self) -> None:
         """Tell its process to take the mount down and end, after the grace period; do not wait.
@@ -216,6 +220,8 @@ class Mount:
     def _close(self) -> None:
         """Close our descriptors; the last statistics are kept."""
         self._channel.close()
+        if self._tree_fd >= 0:
+            os.close(self.take_tree())
         if self._state_fd >= 0:
             self._statistics = self.statistics()
             os.close(self._state_fd)

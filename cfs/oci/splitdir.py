@@ -14,9 +14,18 @@ from typing import BinaryIO
 from cfs.errors import FormatError
 from cfs.repository.splitstream_format import COPY_SIZE
 
-__all__ = ["Chunk", "Contents", "File", "Inline", "format_chunk", "read_chunks"]
+__all__ = [
+    "MAX_CONTENTS_SIZE",
+    "Chunk",
+    "Contents",
+    "File",
+    "Inline",
+    "format_chunk",
+    "format_contents_head",
+    "read_chunks",
+]
 
-_MAX_SIZE = 256 << 20
+MAX_CONTENTS_SIZE = 256 << 20
 _MAX_NAME_SIZE = 4096
 _HEAD = struct.Struct("<BI")
 _SIZE = struct.Struct("<I")
@@ -75,6 +84,11 @@ def format_chunk(chunk: Inline | File) -> bytes:
     return bytes([_Type.FILE]) + head + chunk.name
 
 
+def format_contents_head(size: int) -> bytes:
+    """Return what stands before a file of so many bytes that comes along."""
+    return _HEAD.pack(_Type.CONTENTS, size)
+
+
 def read_chunks(stream: BinaryIO) -> Iterator[Chunk]:
     """Yield the chunks of a stream up to its end.
 
@@ -117,8 +131,8 @@ def _read_file(stream: BinaryIO) -> File:
 
 def _read_size(stream: BinaryIO) -> int:
     size: int = _SIZE.unpack(_read_exactly(stream, _SIZE.size))[0]
-    if size > _MAX_SIZE:
-        msg = f"splitdirfdstream: chunk of {size} bytes: expected up to {_MAX_SIZE}"
+    if size > MAX_CONTENTS_SIZE:
+        msg = f"splitdirfdstream: chunk of {size} bytes: expected up to {MAX_CONTENTS_SIZE}"
         raise FormatError(msg)
     return size
 

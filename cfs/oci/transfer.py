@@ -28,7 +28,7 @@ from cfs.repository.streams import open_stored_stream, register_stream
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["LayerMismatchError", "receive_layer", "send_layer"]
+__all__ = ["LayerMismatchError", "read_sent_layer", "receive_layer", "send_layer"]
 
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _WITHIN = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
@@ -172,7 +172,7 @@ class _Receiver:
         self._writer.write_object(digest, chunk.size)
 
     def _file(self, chunk: File) -> None:
-        with self._opened(chunk) as fd:
+        with _opened(chunk, self._directories) as fd:
             if chunk.size <= INLINE_SIZE:
                 self._inline([os.pread(fd, chunk.size, 0)])
                 return
@@ -201,21 +201,61 @@ class _Receiver:
         self.statistics.count(method, chunk.size)
         return digest
 
-    @contextmanager
-    def _opened(self, chunk: File) -> Iterator[int]:
-        if chunk.directory >= len(self._directories):
-            msg = f"{_show(chunk)}: no directory {chunk.directory} was handed over"
-            raise FormatError(msg)
-        directory = self._directories[chunk.directory]
-        fd = openat2(directory, chunk.name, _OPEN_FILE, resolve=_WITHIN)
-        try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_size != chunk.size:
-                msg = f"{_show(chunk)}: expected a regular file of {chunk.size} bytes"
-                raise IntegrityError(msg)
-            yield fd
-        finally:
-            os.close(fd)
+
+@contextmanager
+def _opened(chunk: File, directories: Sequence[int]) -> Iterator[int]:
+    if chunk.directory >= len(directories):
+        msg = f"{_show(chunk)}: no directory {chunk.directory} was handed over"
+        raise FormatError(msg)
+    fd = openat2(directories[chunk.directory], chunk.name, _OPEN_FILE, resolve=_WITHIN)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != chunk.size:
+            msg = f"{_show(chunk)}: expected a regular file of {chunk.size} bytes"
+            raise IntegrityError(msg)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_sent_layer(
+    digest: str, chunks: Iterable[Chunk], directories: Sequence[int]
+) -> Iterator[bytes]:
+    """Yield the contents of a layer that another store sends, whose digest is known at the end.
+
+    Args:
+        digest: diff id of the layer.
+        chunks: what is sent.
+        directories: descriptors that the files are opened below; borrowed.
+
+    Raises:
+        FormatError: the chunks are no such stream.
+        LayerMismatchError: the contents have another digest.
+        IntegrityError: a file has another size.
+        UnsupportedError: we cannot compute such digests.
+        OSError: reading failed.
+    """
+    content_hash = require_hash(digest, "layer")
+    for chunk in chunks:
+        for data in _pieces_of(chunk, directories):
+            content_hash.update(data)
+            yield data
+    found = digest_from(content_hash)
+    if found != digest:
+        raise LayerMismatchError(digest, found)
+
+
+def _pieces_of(chunk: Chunk, directories: Sequence[int]) -> Iterator[bytes]:
+    if isinstance(chunk, Inline):
+        yield chunk.data
+    elif isinstance(chunk, Contents):
+        yield from chunk.pieces
+    else:
+        with _opened(chunk, directories) as fd:
+            missing = chunk.size
+            while missing and (data := os.read(fd, min(missing, COPY_SIZE))):
+                missing -= len(data)
+                yield data
 
 
 def _show(chunk: File) -> str:

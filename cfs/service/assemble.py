@@ -47,4 +47,5 @@ def assembled(options: StoreOptions, mounts: "FuseMounts") -> Iterator[Dispatche
         oci = _Oci(handles, mounts)
         stack.callback(oci.close)
         repository = _Repository(handles, mounts)
-        yield Dispatcher({"org.composefs.Repository": repository, "org.composefs.Oci": oci})
+        interfaces = {"org.composefs.Repository": repository, "org.composefs.Oci": oci}
+        yield Dispatcher(interfaces, oci.stop_pulls)

@@ -5,8 +5,9 @@ checked already, and hands streams back untouched: it would drop what is null in
 send replies that nobody asked for (spec cli-and-varlink d.2).
 """
 
+import inspect
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -46,17 +47,21 @@ class _Context(NamedTuple):
 class _Adapter:
     """The methods of an interface, with the signature that the varlink package calls."""
 
-    def __init__(self, implementation: object) -> None:
-        self._implementation = implementation
+    def __init__(self, implementation: object, interface: Any) -> None:
+        for name in interface.members:
+            method = getattr(implementation, name, None)
+            if callable(method):
+                setattr(self, name, _adapt(method))
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._implementation, name)
 
-        def invoke(*_parameters: Any, _request: _Context) -> Any:
-            outcome = method(_request.call, **_request.parameters)
-            return _Stream(outcome) if isinstance(outcome, Iterator) else outcome
+def _adapt(method: Callable[..., Any]) -> Callable[..., Any]:
+    def invoke(*_parameters: Any, _request: _Context) -> Any:
+        outcome = method(_request.call, **_request.parameters)
+        return _Stream(outcome) if isinstance(outcome, Iterator) else outcome
 
-        return invoke
+    # varlink asks for it with every call; finding it takes longer than all else that it does
+    invoke.__signature__ = inspect.signature(invoke)  # type: ignore[attr-defined]
+    return invoke
 
 
 class _Service(Service):  # type: ignore[misc]
@@ -72,7 +77,7 @@ class _Service(Service):  # type: ignore[misc]
         for name, interface in load_interfaces().items():
             if name in implementations:
                 self.interfaces[name] = interface
-                self.interfaces_handlers[name] = _Adapter(implementations[name])
+                self.interfaces_handlers[name] = _Adapter(implementations[name], interface)
         self.interfaces[_SERVICE] = self.interfaces.pop(_SERVICE)
 
     def start(self, request: Request, context: _Context) -> dict[str, Any] | _Stream:
@@ -93,14 +98,17 @@ class _Service(Service):  # type: ignore[misc]
 class Dispatcher:
     """Answers requests; any number of threads may ask at once."""
 
-    def __init__(self, implementations: Mapping[str, object]) -> None:
-        """Take an object per interface.
+    def __init__(
+        self, implementations: Mapping[str, object], stop: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take an object per interface, and what ends calls that outlive their clients.
 
         A method of the IDL is the method of that name: it gets the :class:`Call` and the
         parameters as keywords, and returns the parameters of the reply, or an iterator of
         them with whether more follow.
         """
         self._service = _Service(implementations)
+        self.stop = stop
 
     def answer(self, call: Call, request: Request) -> Generator[bytes, None, None]:
         """Run a call and yield encoded replies, each with its descriptors in the call.
@@ -137,8 +145,7 @@ class Dispatcher:
                     close_fds(call.take_reply_fds())
                 if not continues:
                     return
-        msg = f"{request.method} ended without a last reply"
-        raise AssertionError(msg)
+        assert call.gone(), "a stream ended without a last reply"
 
     def _refuse(self, call: Call, interface: str, error: MethodError) -> bytes:
         """Encode an error reply; the descriptors of a reply that will not be are dropped."""

@@ -59,7 +59,7 @@ class FuseMethods:
     def ListMounts(self, call: "Call", *, mount_id: int | None) -> dict[str, Any]:
         """List the mounts that the peer may see."""
         entries = self._mounts.visible(call.peer, mount_id)
-        return {"mounts": [entry.describe() for entry in entries]}
+        return {"mounts": self._mounts.describe(entries)}
 
     def Unmount(self, call: "Call", *, mount_id: int, detach: bool | None) -> dict[str, Any]:
         """End a mount."""
@@ -96,9 +96,7 @@ class FuseMethods:
         places = _places(device)
         for place in reversed(places):
             detach_mount(os.fsdecode(place), device)
-        if places:
-            self._mounts.lose_place(entry)
-        else:
+        if not places:
             self._mounts.end(entry)
         self._mounts.wait_ended([entry], _DETACH_SECONDS if places else _END_SECONDS)
 

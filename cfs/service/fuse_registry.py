@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfs.errors import CfsError
 from cfs.fuse.adopted import AdoptedProcess
 from cfs.fuse.mounts import Mount
 from cfs.fuse.options import Mode, Passthrough, ServeOptions
+from cfs.linux.mountinfo import list_mounts
 from cfs.service.call import close_fds
 from cfs.service.errors import MethodError
 from cfs.service.fuse_entry import FuseEntry, FuseState
@@ -102,14 +103,24 @@ class FuseMounts:
             entry: in state Starting.
             mount: which serves; ours from now on.
             is_lasting: it shall survive a restart of the service.
+
+        Raises:
+            OSError: no descriptors are left; the mount ends.
         """
-        pidfd = os.pidfd_open(mount.pid)  # it is our child and not waited for: never another one
+        try:
+            pidfd = os.pidfd_open(mount.pid)  # our child, not waited for: never another process
+        except OSError:
+            mount.end()
+            mount.close()
+            raise
         with self._lock:
             entry.mount, entry.pidfd, entry.started = mount, pidfd, int(time.time())
+            entry.mountpoint = mount.mountpoint or None
             entry.state = FuseState.SERVING
             is_closed = self._is_closed
         if is_lasting:
-            self._store(entry)
+            with suppress(OSError):  # no descriptors are left: it ends with this service, then
+                self._store(entry)
         self._tell(entry)
         self._watch()
         if is_closed:
@@ -135,6 +146,21 @@ class FuseMounts:
             raise MethodError("NoSuchMount", mount_id=number)
         return found
 
+    def describe(self, entries: Sequence[FuseEntry]) -> list[dict[str, Any]]:
+        """Return mounts as ``FuseMount``, where they are now."""
+        places: dict[int, list[str]] = {}
+        for mounted in list_mounts():
+            places.setdefault(mounted.device, []).append(os.fsdecode(mounted.mountpoint))
+        described = []
+        for entry in entries:
+            fields = entry.describe()
+            if entry.mount is not None and fields["state"] == FuseState.SERVING.value:
+                now = places.get(entry.mount.device, [])
+                if fields["mountpoint"] not in now:  # moved by others, or attached by the client
+                    fields["mountpoint"] = _printable(now[0]) if now else None
+            described.append(fields)
+        return described
+
     @contextmanager
     def watching(self, entry: FuseEntry) -> Iterator[socket.socket]:
         """Have a byte for each change of a mount in a socket; it stays listed meanwhile."""
@@ -157,11 +183,6 @@ class FuseMounts:
         if mount is not None and not entry.state.is_final:
             mount.end()
 
-    def lose_place(self, entry: FuseEntry) -> None:
-        """Note that a mount that may be used for a while yet is attached nowhere any more."""
-        with self._lock:
-            entry.mountpoint = None
-
     def wait_ended(self, entries: Sequence[FuseEntry], seconds: float) -> bool:
         """Wait until mounts have ended, at most so long; return whether they have."""
         deadline = time.monotonic() + seconds
@@ -183,10 +204,10 @@ class FuseMounts:
         """
         stored = {**stored}
         counters = stored.pop(_COUNTER, ())
-        with self._lock:
-            for fd in counters:
-                self._last = max(self._last, int(os.pread(fd, _RECORD_SIZE, 0) or b"0"))
-        close_fds(counters)
+        if counters:
+            self._counter_fd = counters[0]
+            self._last = int(os.pread(self._counter_fd, _RECORD_SIZE, 0) or b"0")
+            close_fds(counters[1:])
         groups: dict[str, dict[str, int]] = {}
         for name, fds in stored.items():
             number, _, role = name.removeprefix(PREFIX).partition(".")
@@ -351,3 +372,8 @@ class FuseMounts:
             is_old = entry.state.is_final and now - entry.end_time > _KEPT_SECONDS
             if is_old and not entry.watchers:
                 del self._entries[entry.number]
+
+
+def _printable(path: str) -> str:
+    """Return a path that others chose so that JSON can hold it."""
+    return os.fsencode(path).decode(errors="replace")

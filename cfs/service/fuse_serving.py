@@ -100,8 +100,9 @@ def serve(call: "Call", handles: "Handles", mounts: FuseMounts, wish: FuseWish) 
         entry = _start(call, store.repository, mounts, wish)
     assert entry.mount is not None
     fd_index = None
-    if entry.mount.tree_fd >= 0:
-        call.reply_fds([entry.mount.tree_fd])
+    tree_fd = entry.mount.take_tree()
+    if tree_fd >= 0:
+        call.reply_fds([tree_fd])
         fd_index = 0
     if wish.ends_with_connection:
         call.on_disconnect(partial(mounts.end, entry))
@@ -173,14 +174,15 @@ def _start(call: "Call", repository: "Repository", mounts: FuseMounts, wish: Fus
                     records=mounts.records,
                     name=wish.image or "image",
                 )
+                is_lasting = not wish.ends_with_connection and wish.mountpoint is not None
+                with as_service():  # for the thread that it may start as well
+                    mounts.serve(entry, mount, is_lasting=is_lasting)
             except (CfsError, OSError) as error:
                 mounts.fail(entry, describe(error))
                 raise
             except BaseException as error:
                 mounts.fail(entry, type(error).__name__)
                 raise
-            is_lasting = not wish.ends_with_connection and wish.mountpoint is not None
-            mounts.serve(entry, mount, is_lasting=is_lasting)
     return entry
 
 

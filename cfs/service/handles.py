@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfs.digest import Algorithm
 from cfs.errors import BusyError
 from cfs.repository.repository import Repository
+from cfs.service.budget import Budget
 from cfs.service.errors import MethodError
 from cfs.service.failures import internal_error
 from cfs.service.rights import as_peer, is_foreign
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Handles", "OpenStore", "Opened", "StoreOptions"]
 
-_MAX_HANDLES = 10_000  # of a user
-_STORES_SHARE = 8  # a user's stores may take that part of the process's descriptors
+_HANDLES_PER_UID, _HANDLES = 10_000, 100_000
+_PART_PER_UID, _PART = 8, 2  # of the process's descriptors, one for each store
 _OPEN_WAIT_S = 30.0  # for a collection of another process
 _OPEN_PAUSE_S = 0.05
 _EXCLUSIVE_WAIT_S = 10.0
+_HOLD_BACK_S = 0.25  # new uses, for one that shall be exclusive
 _LOOK_S = 0.5  # how often whoever waits looks whether its client is still there
 
 _Key = tuple[int, int]  # device and inode of a store's directory
@@ -95,9 +97,16 @@ class Handles:
         self._condition = threading.Condition()
         self._last = 0
         self._entries: dict[int, _Entry] = {}
-        self._stores: dict[int, Counter[_Key]] = {}  # of a user, with their handles
+        self._held: Counter[tuple[int, _Key]] = Counter()  # handles of a user to a store
         self._uses: Counter[_Key] = Counter()
         self._exclusive: set[_Key] = set()
+        self._nr_wanting: Counter[_Key] = Counter()  # exclusive use, for which others make room
+        trusted = frozenset({0, os.geteuid()})
+        max_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # the server raises its own
+        self._handle_budget = Budget(per_uid=_HANDLES_PER_UID, total=_HANDLES, trusted=trusted)
+        self._store_budget = Budget(
+            per_uid=max_fds // _PART_PER_UID, total=max_fds // _PART, trusted=trusted
+        )
 
     def open_store(self, call: "Call", path: str) -> Opened:
         """Open a store with the rights of the peer.
@@ -112,34 +121,43 @@ class Handles:
             CfsError: as :meth:`cfs.repository.repository.Repository.open`.
             OSError: likewise.
         """
-        peer = call.peer
-        self._check_limits(peer.uid)
-        with as_peer(peer):
-            repository = self._open(call, path)
+        uid = call.peer.uid
+        if not self._handle_budget.take(uid, 1):
+            raise _too_many(uid)
+        try:
+            repository, device = self._open_as(call, path)
             try:
-                if is_foreign(peer):
-                    # the descriptor may be one that this process had before, with other rights
-                    os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=repository.fd))
-                found = os.fstat(repository.fd)
-                device = _objects_device(repository.fd)
+                return self._register(uid, repository, device)
             except BaseException:
                 repository.close()
                 raise
+        except BaseException:
+            self._handle_budget.give_back(uid, 1)
+            raise
+
+    def _open_as(self, call: "Call", path: str) -> tuple[Repository, int | None]:
+        """Open a store with the rights of the peer; return it with the device of its objects."""
+        with as_peer(call.peer):
+            repository = self._open(call, path)
+            try:
+                if is_foreign(call.peer):
+                    # the descriptor may be one that this process had before, with other rights
+                    os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=repository.fd))
+                return repository, _objects_device(repository.fd)
+            except BaseException:
+                repository.close()
+                raise
+
+    def _register(self, uid: int, repository: Repository, device: int | None) -> Opened:
+        found = os.fstat(repository.fd)
         key = (found.st_dev, found.st_ino)
         with self._condition:
+            if not self._held[uid, key] and not self._store_budget.take(uid, 1):
+                raise _too_many(uid)
+            self._held[uid, key] += 1
             self._last += 1
-            self._entries[self._last] = _Entry(peer.uid, repository, key)
-            self._stores.setdefault(peer.uid, Counter())[key] += 1
+            self._entries[self._last] = _Entry(uid, repository, key)
             return Opened(self._last, repository.algorithm, device)
-
-    def _check_limits(self, uid: int) -> None:
-        """Refuse a user who holds too much; a few more may slip in at the same time."""
-        max_stores = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _STORES_SHARE
-        with self._condition:
-            stores = self._stores.get(uid, Counter())
-            if stores.total() >= _MAX_HANDLES or len(stores) >= max_stores:
-                msg = f"user {uid} has too many open repositories"
-                raise internal_error(msg)
 
     def _open(self, call: "Call", path: str) -> Repository:
         deadline_s = time.monotonic() + _OPEN_WAIT_S
@@ -170,7 +188,7 @@ class Handles:
         """
         with self._condition:
             key = self._find(call, handle).key
-            while key in self._exclusive:
+            while key in self._exclusive or self._nr_wanting[key]:
                 self._wait(call)
             repository = self._find(call, handle).repository.share()
             self._uses[key] += 1
@@ -188,13 +206,17 @@ class Handles:
     def exclusive(self, call: "Call", handle: int) -> Iterator[OpenStore]:
         """Use a store for the duration of a block, as the only one in this process.
 
+        New uses are held back for a moment, so that those under way can end: without that, many
+        short ones would never leave a gap.  After that the long ones are waited for.
+
         Raises:
             MethodError: as :meth:`get`, also if other uses last too long.
         """
         deadline_s = time.monotonic() + _EXCLUSIVE_WAIT_S
         with self._condition:
             key = self._find(call, handle).key
-            while key in self._exclusive or key in self._uses:
+            self._hold_back(key)
+            while self._is_used(key):
                 if time.monotonic() > deadline_s:
                     msg = "the repository is in use by other calls"
                     raise internal_error(msg)
@@ -209,6 +231,19 @@ class Handles:
                 self._exclusive.remove(key)
                 self._condition.notify_all()
 
+    def _hold_back(self, key: _Key) -> None:
+        self._nr_wanting[key] += 1
+        try:
+            self._condition.wait_for(lambda: not self._is_used(key), _HOLD_BACK_S)
+        finally:
+            self._nr_wanting[key] -= 1
+            if not self._nr_wanting[key]:
+                del self._nr_wanting[key]
+            self._condition.notify_all()
+
+    def _is_used(self, key: _Key) -> bool:
+        return key in self._exclusive or key in self._uses
+
     def close(self, call: "Call", handle: int) -> None:
         """Give a handle back; uses go on.
 
@@ -218,19 +253,18 @@ class Handles:
         with self._condition:
             entry = self._find(call, handle)
             del self._entries[handle]
-            stores = self._stores[entry.uid]
-            stores[entry.key] -= 1
-            if not stores[entry.key]:
-                del stores[entry.key]
-            if not stores:
-                del self._stores[entry.uid]
+            owned = (entry.uid, entry.key)
+            self._held[owned] -= 1
+            if not self._held[owned]:
+                del self._held[owned]
+                self._store_budget.give_back(entry.uid, 1)
+            self._handle_budget.give_back(entry.uid, 1)
         entry.repository.close()
 
     def close_all(self) -> None:
         """Close what is open, at the end of the service; uses go on."""
         with self._condition:
             entries, self._entries = self._entries, {}
-            self._stores.clear()
         for entry in entries.values():
             entry.repository.close()
 
@@ -255,3 +289,7 @@ def _objects_device(directory_fd: int) -> int | None:
         return os.fstat(directory_fd).st_dev
     except OSError:
         return None
+
+
+def _too_many(uid: int) -> MethodError:
+    return internal_error(f"user {uid} has too many open repositories")

@@ -29,6 +29,7 @@ from cfs.service.failures import internal_error
 if TYPE_CHECKING:
     from io import RawIOBase
 
+    from cfs.digest import Digest
     from cfs.repository.repository import Repository
 
 __all__ = ["LayerSenders"]
@@ -107,10 +108,8 @@ def _send(open_store: OpenStore, diff_id: str, stop_fd: int, started: "Future[li
     """Send a layer; an error goes to who has started it, or breaks the stream off later."""
     try:
         with open_store() as repository, ExitStack() as stack:
-            stored = find_layer(repository, diff_id)
-            if stored is None:
-                raise MethodError("NoSuchLayer", diff_id=diff_id)
-            chunks = stack.enter_context(closing(send_layer(repository, stored)))
+            layer = send_layer(repository, _find_layer(repository, diff_id))
+            chunks = stack.enter_context(closing(layer))
             first = list(islice(chunks, 1))  # an error of opening it comes now
             theirs, sink, end = _make_ends(repository.objects.fd)
             owned(stack, end)
@@ -128,6 +127,13 @@ def _send(open_store: OpenStore, diff_id: str, stop_fd: int, started: "Future[li
     finally:
         if not started.done():
             started.set_exception(internal_error("the layer cannot be sent"))
+
+
+def _find_layer(repository: "Repository", diff_id: str) -> "Digest":
+    stream = find_layer(repository, diff_id)
+    if stream is None:
+        raise MethodError("NoSuchLayer", diff_id=diff_id)
+    return stream
 
 
 def _make_ends(objects_fd: int) -> tuple[list[int], int, int]:

@@ -1,10 +1,12 @@
 """``org.composefs.Oci`` without FUSE: images and their kernel mounts (spec b.6)."""
 
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cfs.digest import Digest
-from cfs.errors import InvalidRequestError, NotFoundError
+from cfs.errors import InvalidRequestError, MountError, NotFoundError
+from cfs.linux.fusedev import open_device
 from cfs.oci.documents import find_manifest
 from cfs.oci.fsck import check_images
 from cfs.oci.images import compute_image, find_config
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["OciMethods", "find_image"]
 
 _FEATURES = ["splitdirfdstream-v0"]
+_FUSE = "fuse-v0"  # OciFuseMount, where there is a FUSE device
 
 
 class OciMethods(PullMethods, LayerMethods):
@@ -115,7 +118,15 @@ class OciMethods(PullMethods, LayerMethods):
 
     def GetInfo(self, call: "Call") -> dict[str, Any]:  # noqa: ARG002 - all callers are the same
         """Return optional abilities."""
-        return {"features": _FEATURES}
+        return {"features": _FEATURES + ([_FUSE] if _has_fuse() else [])}
+
+
+def _has_fuse() -> bool:
+    try:
+        os.close(open_device())
+    except MountError:
+        return False
+    return True
 
 
 def find_image(repository: "Repository", image: str, *, bootable: bool) -> Digest:

@@ -4,6 +4,7 @@ Specification: cli-and-varlink b.3 and b.6; names and parameters are those of th
 cfs and of the system that leave a method become ``InternalError``.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from cfs.errors import (
     BusyError,
     CfsError,
     FormatError,
+    IntegrityError,
     InvalidRequestError,
     NotFoundError,
     describe,
@@ -39,8 +41,10 @@ __all__ = ["RepositoryMethods"]
 _DEFAULT_ALGORITHM = "fsverity-sha512-12"
 _EROFS_VERSION = 1
 _COLLECT_WAIT_S = 10.0  # for other processes; a client may have no more patience than 45 s
+_COLLECT_PAUSE_S = 0.1
 _CHECKS_PER_UID, _CHECKS = 4, 16
 _CHECK_WAIT_S = 600.0
+_MAX_FINDINGS_SIZE = 2 << 20  # bytes; JSON may make six of one, and a message has 16 MiB
 _STATUSES = {
     Outcome.CREATED: "Created",
     Outcome.EXISTED: "Opened",
@@ -49,6 +53,7 @@ _STATUSES = {
 }
 
 _Reply = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class RepositoryMethods:
@@ -127,7 +132,8 @@ class RepositoryMethods:
     def Fsck(self, call: "Call", *, handle: int, metadata_only: bool | None) -> _Reply:
         """Check a store."""
         with self._handles.get(call, handle) as store, self._checking(call.peer.uid):
-            return check(store.repository, metadata_only=bool(metadata_only)).as_dict()
+            report = check(store.repository, metadata_only=bool(metadata_only))
+        return {**report.as_dict(), "errors": _shorten(report.errors)}
 
     @contextmanager
     def _checking(self, uid: int) -> Iterator[None]:
@@ -146,6 +152,7 @@ class RepositoryMethods:
                 found = collect(store.repository, kept, dry_run=True)
         else:
             found = self._collect(call, handle, kept)
+        _report_problems(found)
         result = {
             "objects_removed": found.nr_objects,
             "objects_bytes": found.size,
@@ -159,6 +166,8 @@ class RepositoryMethods:
 
         Between two tries the other calls on the store get their turn.
         """
+        with self._handles.get(call, handle) as store:
+            store.repository.check_writable()  # who may not collect shall hold nobody up
         deadline_s = time.monotonic() + _COLLECT_WAIT_S
         while True:
             with self._handles.exclusive(call, handle) as store:
@@ -167,6 +176,7 @@ class RepositoryMethods:
                 except BusyError:
                     if time.monotonic() > deadline_s or call.gone():
                         raise
+            time.sleep(_COLLECT_PAUSE_S)
 
     def ImageObjects(self, call: "Call", *, handle: int, name: str) -> _Reply:
         """List the objects that an image needs."""
@@ -237,3 +247,28 @@ def _unknown_images(name: str) -> Iterator[None]:
 def _give_up() -> None:
     msg = "the repository is in use by another process"
     raise BusyError(msg)
+
+
+def _report_problems(collection: Collection) -> None:
+    """Log what a collection left alone, for which the reply has no place.
+
+    Raises:
+        IntegrityError: because of that it could remove no object.
+    """
+    if not collection.is_complete:
+        first, *others = collection.problems
+        more = f" (and {len(others)} more)" if others else ""
+        msg = f"no object was removed: what a name needs is not known: {first}{more}"
+        raise IntegrityError(msg)
+    for problem in collection.problems:
+        _log.warning("collection: %s", problem)
+
+
+def _shorten(errors: list[str]) -> list[str]:
+    """Return as many findings as fit into a reply, and how many more there are."""
+    size = 0
+    for number, error in enumerate(errors):
+        size += len(error.encode(errors="replace"))
+        if size > _MAX_FINDINGS_SIZE:
+            return [*errors[:number], f"fsck: more-findings: {len(errors) - number}"]
+    return errors

@@ -63,11 +63,9 @@ def decode_request(message: bytes) -> Request:
             ``method``, members of the wrong kind.
     """
     try:
-        decoded = json.loads(
-            message.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        decoded = _decoder.decode(message.decode())
         if _SURROGATE.search(message):
-            json.dumps(decoded, ensure_ascii=False).encode()  # lone ones cannot be encoded
+            _encoder.encode(decoded).encode()  # lone ones cannot be encoded
     except (ValueError, RecursionError) as error:
         msg = f"broken JSON: {type(error).__name__}"
         raise ProtocolError(msg) from None
@@ -93,7 +91,7 @@ def _read_envelope(members: dict[str, Any]) -> Request:
 
 def encode_reply(members: dict[str, Any]) -> bytes:
     """Encode a reply.  Names of files that are not UTF-8 lose the bytes that are not."""
-    return json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return _encoder.encode(members).encode(errors="replace")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,3 +115,8 @@ def _refuse_constant(text: str) -> None:
     """
     msg = f"{text} is not JSON"
     raise ValueError(msg)
+
+
+# made once: json.loads and json.dumps would make new ones for every call
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -8,10 +8,13 @@ inherit that.  Programs that are started do not, which is why none may be starte
 Any thread may call; what they do concerns the calling thread.
 """
 
+import functools
+import importlib
 import os
+import pkgutil
 import pwd
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cfs.errors import InvalidRequestError, UnsupportedError
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["as_peer", "as_service", "is_foreign", "open_mountpoint", "refuse_foreign", "store_path"]
 
 _ROOT_UID = 0
+# they import some modules only when they need them
+_LAZY_PACKAGES = ("cfs.erofs", "cfs.mounting", "cfs.oci", "cfs.repository", "cfs.transform")
 # of the thread that loads this module, before anybody is served
 _SERVICE = Credentials.current()
 
@@ -62,6 +67,7 @@ def as_peer(peer: "Peer", *, may_mount: bool = False) -> Iterator[None]:
     if not is_foreign(peer):
         yield
         return
+    _load_modules()
     capabilities = _SERVICE.capabilities & 1 << Capability.SYS_ADMIN if may_mount else 0
     acting = acting_as(Credentials(peer.uid, peer.gid, frozenset(peer.groups), capabilities))
     try:
@@ -72,6 +78,20 @@ def as_peer(peer: "Peer", *, may_mount: bool = False) -> Iterator[None]:
         yield
     finally:
         acting.__exit__(None, None, None)
+
+
+@functools.cache
+def _load_modules() -> None:
+    """Import everything that methods may need, once.
+
+    A foreign user may not be able to read our modules, and what the interpreter fails to find in
+    his name, it does not look for again in anybody's.
+    """
+    for name in _LAZY_PACKAGES:
+        package = importlib.import_module(name)
+        for found in pkgutil.walk_packages(package.__path__, f"{name}."):
+            with suppress(ImportError):  # whoever needs it tells
+                importlib.import_module(found.name)
 
 
 def as_service() -> AbstractContextManager[None]:

@@ -184,6 +184,7 @@ class Server:
             threads = dict(self._threads)
         for connection in threads:
             connection.shut_down()
+        self._dispatcher.stop()
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in threads.values():
             thread.join(max(0, deadline - time.monotonic()))

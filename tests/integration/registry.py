@@ -183,13 +183,12 @@ class HostileRegistry:
 
     def find(self, path: str) -> tuple[Blob, str] | None:
         kind, _, name = path.removeprefix("/v2/image/").partition("/")
-        if kind == "manifests":
-            return self.manifest, _MANIFEST
-        blob = self.blobs.get(name)
+        is_manifest = kind == "manifests"
+        blob = self.manifest if is_manifest else self.blobs.get(name)
         if blob and blob.is_stuck:
             self.is_asked.set()
             self.was_waited_for |= not self.is_open.wait(_SECONDS)
-        return (blob, "application/octet-stream") if blob else None
+        return (blob, _MANIFEST if is_manifest else "application/octet-stream") if blob else None
 
 
 @contextmanager

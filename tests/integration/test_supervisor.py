@@ -286,7 +286,7 @@ def modules(name: str, plane: str) -> set[str]:
     ours, theirs = channel_pair()
     code = (
         f"import sys; sys.path += sys.argv[1:]; from cfs.fuse.{name} import main; "
-        f"main({theirs.fileno()}, has_workers={plane == 'workers'}); print(*sys.modules)"
+        f"main({theirs.fileno()}, '', has_workers={plane == 'workers'}); print(*sys.modules)"
     )
     with ours, theirs:
         process = subprocess.Popen(

@@ -1,7 +1,10 @@
 """The client, and ``--connect``, against the service; it is the same store by both ways."""
 
 import asyncio
+import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,12 @@ import pytest
 from cfs.cli.cfsctl import run as run_cfsctl
 from cfs.client import AsyncClient, Client
 from cfs.client import oci as varlink
-from cfs.client.errors import InvalidHandleError, NoSuchLayerError, NoSuchRefError
+from cfs.client.errors import (
+    ConnectionLostError,
+    InvalidHandleError,
+    NoSuchLayerError,
+    NoSuchRefError,
+)
 from cfs.client.layers import (
     FinalizeImage,
     GetLayer,
@@ -33,9 +41,12 @@ from cfs.service.assemble import assembled
 from cfs.service.fuse_registry import FuseMounts
 from cfs.service.handles import StoreOptions
 from tests.command_line import unpack_tree
+from tests.integration.waiting import wait_until
 from tests.varlink_client import serving
 
+Capture = pytest.CaptureFixture[bytes]
 STORE = "home/.var/lib/composefs"
+MANIFEST = "sha256:c33b0626be461148711e797df21d06fb54771836a2c1125ae499e11d22f28355"
 
 
 @pytest.fixture
@@ -69,7 +80,37 @@ def test_methods_without_a_store(address: str, tmp_path: Path) -> None:
 
 
 def test_methods_of_a_store(address: str) -> None:
+    _use_all_methods(address)
+
+
+def test_methods_of_composefs_rs(
+    rust_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    unpack_tree(tmp_path)
+    assert run_cfsctl(["init", "--insecure", STORE]) == 0
+    assert run_cfsctl(["--repo", STORE, "oci", "pull", "-q", "oci:layout:v1", "app"]) == 0
+    with subprocess.Popen([*rust_words, "varlink", "--address", "sock"]) as service:
+        try:
+            wait_until(lambda: _answers("sock") or service.poll() is not None, "it listens")
+            _use_all_methods("sock")
+        finally:
+            service.kill()
+
+
+def _answers(path: str) -> bool:
+    try:
+        Client(path).close()
+    except ConnectionLostError:
+        return False
+    return True
+
+
+def _use_all_methods(address: str) -> None:
+    """Use the methods that 0.9 has as well."""
     with Client(address) as client, client.opened(STORE) as store:
+        assert client.call(GetInfo()).vendor == "org.composefs"
+        assert client.call(varlink.GetInfo()).features
         assert client.call(Fsck(store.handle)).ok
         assert client.call(ListImageRefs(store.handle)).images == []
         assert client.call(Gc(store.handle, dry_run=True)).dry_run
@@ -85,6 +126,11 @@ def test_methods_of_a_store(address: str) -> None:
         assert found.composefs_erofs == (
             client.call(varlink.ComputeId(store.handle, "again")).image_id
         )
+        call = varlink.Pull(store.handle, f"oci:{os.getcwd()}/layout:v1", "app")
+        *_, last = client.stream(call)
+        assert last.completed is not None
+        assert last.completed.manifest_digest == image.manifest_digest
+        client.call(varlink.Untag(store.handle, "app"))
         client.send(varlink.Untag(store.handle, "again"))
         assert client.call(varlink.ListImages(store.handle)).images == []
         with pytest.raises(InvalidHandleError):
@@ -139,13 +185,13 @@ SAME = [
     ["oci", "inspect", "app"], ["oci", "inspect", "--manifest", "app"], ["oci", "fsck"],
     ["oci", "fsck", "--json", "app"], ["oci", "compute-id", "app"],
     ["oci", "pull", "oci:layout:v1", "more"], ["oci", "pull", "-q", "oci:layout:v1"],
-    ["oci", "tag", "sha256:" + "0" * 64, "lost"], ["oci", "untag", "lost"], ["gc"],
+    ["oci", "tag", MANIFEST, "two"], ["gc"],
     ["--hash", "sha512", "images"],
 ]  # fmt: skip
 FAILING = [
     ["image-objects", "none"], ["oci", "inspect", "none"], ["oci", "untag", "none"],
     ["oci", "compute-id", "none"], ["oci", "pull", "oci:none"], ["--hash", "sha256", "images"],
-    ["oci", "fsck", "none"],
+    ["oci", "tag", "sha256:" + "0" * 64, "lost"], ["oci", "fsck", "none"],
 ]  # fmt: skip
 
 
@@ -170,13 +216,73 @@ def test_commands_print_the_same_with_and_without_connect(
     assert differences == []
 
 
+def test_layers_pass_as_tars(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Capture
+) -> None:
+    capfdbinary.readouterr()
+    assert run_cfsctl(["--repo", STORE, "oci", "inspect", "--config", "app"]) == 0
+    diff_ids = json.loads(capfdbinary.readouterr().out)
+    assert run_cfsctl(["init", "--insecure", "--algorithm", "fsverity-sha256-12", "other"]) == 0
+    for diff_id in diff_ids["rootfs"]["diff_ids"]:
+        capfdbinary.readouterr()
+        assert run_cfsctl(["--connect", address, "oci", "layer", diff_id]) == 0
+        tar = capfdbinary.readouterr().out
+        assert f"sha256:{hashlib.sha256(tar).hexdigest()}" == diff_id
+        (tmp_path / "tar").write_bytes(tar)
+        with (tmp_path / "tar").open() as file:
+            monkeypatch.setattr("sys.stdin", file)
+            monkeypatch.setattr("cfs.repository.repository._SYSTEM_PATH", str(tmp_path / "other"))
+            assert run_cfsctl(["--connect", address, "oci", "import-layer", diff_id]) == 0
+            there = capfdbinary.readouterr().out
+            file.seek(0)
+            assert run_cfsctl(["init", "--insecure", "--algorithm", "fsverity-sha256-12", "x"]) == 0
+            capfdbinary.readouterr()
+            assert run_cfsctl(["--repo", "x", "oci", "import-layer", diff_id]) == 0
+        assert capfdbinary.readouterr().out == there
+        monkeypatch.setattr("cfs.repository.repository._SYSTEM_PATH", str(tmp_path / STORE))
+
+
+def test_an_image_of_ours_is_copied_into_the_store_of_the_service(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for store in ("near", "far"):
+        assert run_cfsctl(["init", "--insecure", store]) == 0
+    capfd.readouterr()
+    monkeypatch.setattr("cfs.repository.repository._SYSTEM_PATH", str(tmp_path / "far"))
+    words = ["oci", "copy", "--from", STORE, "--name", "copied", "app"]
+    here = run(capfd, "--repo", "near", *words)
+    there = run(capfd, "--connect", address, *words)
+    assert here == there
+    assert here[0] == 0
+    assert run(capfd, "--repo", "far", "oci", "fsck", "copied")[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"x" * 600, bytes(1024)])
+def test_a_tar_that_is_none_is_refused(
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: Capture,
+    content: bytes,
+) -> None:
+    (tmp_path / "tar").write_bytes(content)
+    capfdbinary.readouterr()
+    with (tmp_path / "tar").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        status = run_cfsctl(["--connect", address, "oci", "import-layer", "sha256:" + "0" * 64])
+    found = capfdbinary.readouterr()
+    assert (status, found.out, found.err.count(b"\n")) == (1, b"", 1)
+    assert found.err.startswith((b"Error: tar: ", b"Error: DiffIdMismatch: "))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--repo", "x", "images"], ["--user", "images"], ["--system", "images"],
         ["--erofs-version", "2", "images"], ["--insecure", "images"], ["--no-upgrade", "images"],
         ["cat", "x"], ["transaction"], ["create-image", "x"], ["dump-files", "x", "y"],
-        ["compute-id", "x"], ["oci", "layer", "sha256:" + "0" * 64], ["oci", "dump", "x"],
+        ["compute-id", "x"], ["oci", "layer", "--json", "sha256:" + "0" * 64], ["oci", "dump", "x"],
+        ["oci", "import-layer", "sha256:" + "0" * 64, "name"],
         ["init"], ["init", "--reset-metadata", "x"], ["gc", "--remove-broken"],
         ["gc", "--no-wait"], ["oci", "pull", "--arch", "arm64", "oci:x"], ["umount"],
         ["oci", "pull", "--tls-verify=false", "oci:x"], ["fuse-serve", "--stats", "x", "y"],

@@ -21,15 +21,17 @@ from cfs.service.assemble import assembled
 from cfs.service.fdstore import Notifier
 from cfs.service.fuse_registry import FuseMounts
 from cfs.service.handles import StoreOptions
-from tests.integration.stores import BIG, Store
-from tests.integration.varlink_replay import serving
+from tests.command_line import unpack_tree
+from tests.integration.stores import BIG, CFSCTL, Store
 from tests.integration.waiting import wait_for_end, wait_until
-from tests.varlink_client import SECONDS, Json, RawClient
+from tests.paths import CHECKOUT
+from tests.varlink_client import SECONDS, Json, RawClient, serving
 
 pytestmark = pytest.mark.usefixtures("fuse")
 
 REPOSITORY = "org.composefs.Repository."
 NOBODY = 65534
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 PLAIN = {"mode": "Fuse", "workers": 1}
 
 
@@ -98,9 +100,8 @@ def fail(client: RawClient, method: str, **parameters: Any) -> str:
 
 def begin(client: RawClient, *, more: bool = False, **parameters: Any) -> None:
     """Send a ``FuseServe`` that waits."""
-    flags = {"more": True} if more else {}
     parameters = {"handle": 1, "image": "demo", "wait": True, "options": PLAIN, **parameters}
-    client.send(REPOSITORY + "FuseServe", parameters=parameters, **flags)
+    client.send(REPOSITORY + "FuseServe", parameters=parameters, more=more)
 
 
 def receive(client: RawClient) -> Json:
@@ -245,6 +246,7 @@ def test_detached_mount(client: RawClient, mnt: Path) -> None:
     assert fail(client, "Unmount", mount_id=1) == "MountBusy"
     attach_mount(tree, str(mnt))
     os.close(tree)
+    assert call(client, "ListMounts")["mounts"][0]["mountpoint"] == str(mnt)
     assert (mnt / "big").read_bytes() == BIG
     assert call(client, "Unmount", mount_id=1) == {}
     client.send(REPOSITORY + "FuseServe", parameters=parameters)
@@ -294,6 +296,29 @@ def test_errors_in_their_order(client: RawClient, mnt: Path, tmp_path: Path) -> 
     assert fail(client, oci, image="nobody", **parameters).startswith("InvalidRequest")
 
 
+def test_oci_image(service: Service, tmp_path: Path, mnt: Path) -> None:
+    unpack_tree(tmp_path)
+    path = str(tmp_path / "oci")
+    for words in (
+        ["init", "--insecure", path],
+        ["--repo", path, "oci", "pull", "oci:layout:v1", "app"],
+    ):
+        subprocess.run(
+            [*CFSCTL, *words], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=SECONDS
+        )
+    client = service.connect()
+    parameters = {
+        "handle": service.open(client, Path(path)), "image": "app", "mountpoint": str(mnt),
+        "wait": False, "bootable": False, "options": PLAIN,
+    }  # fmt: skip
+    reply = client.call("org.composefs.Oci.OciFuseMount", **parameters)
+    assert reply["parameters"]["mount"]["image"] == "app"
+    assert (mnt / "usr").is_dir()
+    bootable = {**parameters, "bootable": True}
+    error = fail(client, "org.composefs.Oci.OciFuseMount", **bootable)
+    assert error.startswith("InternalError No boot EROFS image linked")
+
+
 def test_end_of_the_service_unmounts(tmp_path: Path, store: Store, mnt: Path) -> None:
     with service_at(tmp_path, FuseMounts()) as service:
         client = service.connect()
@@ -320,6 +345,42 @@ def test_many_mounts_leave_nothing(service: Service, client: RawClient, tmp_path
     assert len(os.listdir("/proc/self/fd")) == descriptors
     states = [mount["state"] for mount in call(service.connect(), "ListMounts")["mounts"]]
     assert states == ["Ended"] * 16
+
+
+def test_many_clients_at_once(service: Service, client: RawClient, tmp_path: Path) -> None:
+    clients = [service.connect() for _ in range(12)]
+    for number, each in enumerate(clients):
+        place = tmp_path / str(number)
+        place.mkdir()
+        begin(
+            each,
+            more=number % 2 == 0,
+            mountpoint=str(place),
+            options={"mode": "Fuse", "workers": 1},
+        )
+    pids = [receive(each)["parameters"]["mount"]["server_pid"] for each in clients[::2]]
+    for each in clients:
+        each.close()
+
+    def states() -> set[str]:
+        return {mount["state"] for mount in call(client, "ListMounts")["mounts"]}
+
+    wait_until(lambda: states() <= {"Ended", "Failed"}, "not ended")
+    for pid in pids:
+        wait_for_end(pid)
+
+
+def test_oneway_serves(client: RawClient, mnt: Path) -> None:
+    parameters = {
+        "handle": 1,
+        "image": "demo",
+        "mountpoint": str(mnt),
+        "wait": True,
+        "options": PLAIN,
+    }
+    client.send(REPOSITORY + "FuseServe", parameters=parameters, oneway=True)
+    assert [mount["state"] for mount in call(client, "ListMounts")["mounts"]] == ["Serving"]
+    assert (mnt / "small").read_text() == "text"
 
 
 class Systemd:
@@ -366,10 +427,18 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
     systemd.close()
 
 
+def reap(mounts: FuseMounts) -> None:
+    """Wait for the children of a service that lives in this process and has let go of them."""
+    for entry in mounts._entries.values():
+        if entry.mount is not None:
+            entry.mount.wait()
+
+
 def test_mount_survives_a_restart(
     tmp_path: Path, store: Store, mnt: Path, systemd: Systemd
 ) -> None:
-    with service_at(tmp_path, FuseMounts(systemd.notifier)) as service:
+    first = FuseMounts(systemd.notifier)
+    with service_at(tmp_path, first) as service:
         client = service.connect()
         service.open(client, store.path)
         before = serve(client, mnt)
@@ -394,10 +463,12 @@ def test_mount_survives_a_restart(
         assert mounted_at(str(mnt)) is None
         systemd.notifier.barrier()
         assert list(systemd.stored) == ["cfs-mount.0.last"]
+    reap(first)
 
 
 def test_real_stop_unmounts(tmp_path: Path, store: Store, mnt: Path, systemd: Systemd) -> None:
-    with service_at(tmp_path, FuseMounts(systemd.notifier)) as service:
+    mounts = FuseMounts(systemd.notifier)
+    with service_at(tmp_path, mounts) as service:
         client = service.connect()
         service.open(client, store.path)
         pid = serve(client, mnt)["server_pid"]
@@ -405,6 +476,7 @@ def test_real_stop_unmounts(tmp_path: Path, store: Store, mnt: Path, systemd: Sy
     systemd.close()
     wait_for_end(pid)
     assert mounted_at(str(mnt)) is None
+    reap(mounts)
 
 
 CONNECT = """
@@ -438,18 +510,27 @@ def open_directory() -> Iterator[Path]:
         yield directory
 
 
+def as_nobody(*command: str) -> bytes:
+    done = subprocess.run(
+        command, user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, check=True
+    )
+    return done.stdout
+
+
 @pytest.mark.usefixtures("root")
 def test_another_user(open_directory: Path) -> None:
     store = Store(open_directory)
+    subprocess.run(["chmod", "-R", "a+rX", store.path], check=True)
     own, others = open_directory / "own", open_directory / "others"
     for place in (own, others):
         place.mkdir()
     os.chown(own, NOBODY, NOBODY)
-    with service_at(open_directory, FuseMounts()) as service:
+    with service_at(open_directory, FuseMounts()) as service, ExitStack() as stack:
         service.path.chmod(0o666)
         root = service.connect()
         service.open(root, store.path)
         serve(root, others)
+        stack.callback(call, root, "Unmount", mount_id=1)
         with connect_as_nobody(service.path) as client:
             handle = service.open(client, store.path)
             parameters = {
@@ -467,6 +548,8 @@ def test_another_user(open_directory: Path) -> None:
             path = str(store.path / "images" / str(store.digest))
             by_path = {**parameters, "image": path}
             assert fail(client, "FuseServe", mountpoint=str(own), **by_path) == "PermissionDenied"
+            if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:
+                pytest.skip("/dev/fuse is not open to ordinary users")
             mount = call(client, "FuseServe", mountpoint=str(own), **parameters)["mount"]
             assert mount["owner_uid"] == NOBODY
             (line,) = [
@@ -475,16 +558,16 @@ def test_another_user(open_directory: Path) -> None:
             ]  # fmt: skip
             assert {"nosuid", "nodev", "ro"} <= set(line.split()[5].split(","))
             assert f"user_id={NOBODY}" in line
-            done = subprocess.run(
-                ["cat", str(own / "small")],
-                user=NOBODY,
-                group=NOBODY,
-                capture_output=True,
-                check=True,
-            )
-            assert done.stdout == b"text"
+            assert as_nobody("cat", str(own / "small")) == b"text"
             sessions = Path(f"/proc/{mount['server_pid']}/task/{mount['server_pid']}/children")
             (session,) = sessions.read_text().split()
             assert os.stat(f"/proc/{session}").st_uid == NOBODY
             assert call(client, "Unmount", mount_id=mount["mount_id"]) == {}
+            overlay = {**parameters, "options": {"mode": "FuseOverlay"}}
+            mount = call(client, "FuseServe", mountpoint=str(own), **overlay)["mount"]
+            assert as_nobody("cat", str(own / "small")) == b"text"
+            assert call(client, "Unmount", mount_id=mount["mount_id"]) == {}
+            open_to_all = {**parameters, "options": {"workers": 1, "allow_other": True}}
+            error = fail(client, "FuseServe", mountpoint=str(own), **open_to_all)
+            assert error.startswith("FuseUnavailable allow_other needs user_allow_other")
         call(root, "Unmount", mount_id=1)

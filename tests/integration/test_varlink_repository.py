@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,48 +19,28 @@ from cfs.linux.mounts import attach_mount, detach_mount
 from cfs.repository.fsck import Report, check
 from cfs.repository.repository import Repository
 from cfs.service import handles, repository_interface
-from cfs.service.dispatch import Dispatcher
-from cfs.service.handles import Handles, StoreOptions
-from cfs.service.oci_interface import OciMethods
-from cfs.service.repository_interface import RepositoryMethods
-from tests.integration.varlink_replay import replay, serving
-from tests.varlink_client import SECONDS, Json, RawClient
+from cfs.service.handles import StoreOptions
+from tests.integration.varlink_replay import replay, whole_service
+from tests.varlink_client import SECONDS, Json, RawClient, serving
 
 INTERFACE = "org.composefs.Repository"
 
 
-@contextmanager
-def without_fuse(options: StoreOptions) -> Iterator[Dispatcher]:
-    """Yield a service without FUSE, which is not needed here."""
-    opened = Handles(options)
-    oci = OciMethods(opened)
-    try:
-        yield Dispatcher(
-            {
-                "org.composefs.Repository": RepositoryMethods(opened),
-                "org.composefs.Oci": oci,
-            }
-        )
-    finally:
-        oci.close()
-        opened.close_all()
-
-
 @pytest.mark.parametrize("name", ["init", "repository"])
 def test_golden(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert replay(name, tmp_path, monkeypatch, without_fuse) == []
+    assert replay(name, tmp_path, monkeypatch) == []
 
 
 @pytest.mark.usefixtures("overlay")
 def test_golden_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert replay("mount", tmp_path, monkeypatch, without_fuse) == []
+    assert replay("mount", tmp_path, monkeypatch) == []
 
 
 @pytest.fixture
 def socket_path(tmp_path: Path) -> Iterator[Path]:
     """The socket of a service that runs during the test."""
     with (
-        without_fuse(StoreOptions(insecure=True)) as dispatcher,
+        whole_service(StoreOptions(insecure=True)) as dispatcher,
         serving(dispatcher, tmp_path / "sock"),
     ):
         yield tmp_path / "sock"
@@ -136,6 +115,23 @@ def test_long_calls_keep_nobody_waiting(
     assert reply.members["parameters"]["ok"]
 
 
+def test_checks_at_the_same_time_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository_interface, "_CHECKS_PER_UID", 0)
+    monkeypatch.setattr(repository_interface, "_CHECK_WAIT_S", 0)
+    with (
+        whole_service(StoreOptions(insecure=True)) as dispatcher,
+        serving(dispatcher, tmp_path / "sock"),
+        RawClient.connect(str(tmp_path / "sock")) as client,
+    ):
+        handle = open_new(client, tmp_path / "store")
+        assert call(client, "Fsck", handle=handle) == {
+            "error": "InternalError",
+            "message": "too many repositories are being checked",
+        }
+
+
 def test_a_collection_does_not_wait_for_ever_for_other_processes(
     client: RawClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +152,41 @@ def test_a_collection_does_not_wait_for_ever_for_other_processes(
     with pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(lock)
+
+
+def test_a_collection_that_cannot_tell_what_is_needed_fails(
+    client: RawClient, tmp_path: Path
+) -> None:
+    handle = open_new(client, tmp_path / "store")
+    stored = tmp_path / "store/objects" / ("0" * 2) / ("0" * 126)
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(b"no image")
+    images = tmp_path / "store/images"
+    images.mkdir()
+    (images / ("0" * 128)).symlink_to(f"../objects/00/{'0' * 126}")
+    (images / "refs").mkdir()
+    (images / "refs/bad").symlink_to(f"../{'0' * 128}")
+    for dry_run in (True, False):
+        found = call(client, "Gc", handle=handle, dry_run=dry_run, roots=[])
+        assert found["error"] == "InternalError"
+        assert "no object was removed" in found["message"]
+    assert stored.exists()
+    assert not call(client, "Fsck", handle=handle)["ok"]
+
+
+def test_findings_fit_into_the_reply(
+    client: RawClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = open_new(client, tmp_path / "store")
+    (tmp_path / "store/images").mkdir()
+    for number in range(20):
+        (tmp_path / "store/images" / f"foreign{number}").touch()
+    monkeypatch.setattr(repository_interface, "_MAX_FINDINGS_SIZE", 300)
+    found = call(client, "Fsck", handle=handle)
+    assert found["images_corrupted"] == 20
+    *errors, last = found["errors"]
+    assert 0 < len(errors) < 20
+    assert last == f"fsck: more-findings: {20 - len(errors)}"
 
 
 @pytest.mark.usefixtures("overlay")
@@ -221,7 +252,7 @@ def test_another_user_has_no_more_than_his_own_rights() -> None:
         pytest.skip("setpriv is not installed")
     with (
         tempfile.TemporaryDirectory(prefix="cfs-") as name,  # that of pytest is closed to others
-        without_fuse(StoreOptions(insecure=True)) as dispatcher,
+        whole_service(StoreOptions(insecure=True)) as dispatcher,
         serving(dispatcher, Path(name) / "sock"),
         RawClient.connect(f"{name}/sock") as client,
     ):

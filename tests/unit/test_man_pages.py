@@ -87,8 +87,3 @@ def test_references_lead_to_pages(pages: dict[str, str]) -> None:
         plain = text.replace(r"\-", "-").replace(r"\fR", "").replace(r"\fB", "")
         found = {f"{page}.{section}" for page, section in re.findall(r"([\w.-]+)\((\d)\)", plain)}
         assert found <= {*pages, *others}, name
-
-
-def test_notes_name_no_path_of_one_machine() -> None:
-    for path in (MAN / "notes").iterdir():
-        assert not re.search("/(work|home|root)/", path.read_text()), path

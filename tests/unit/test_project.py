@@ -23,6 +23,7 @@ def own_texts() -> Iterator[Path]:
         ".ci/*",
         "scripts/*",
         "docs/**/*",
+        "packaging/**/*",
         "bench/**/*",
         "cfs/**/*",
         "tests/**/*.py",

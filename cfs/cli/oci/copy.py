@@ -14,7 +14,7 @@ from cfs.oci.reference import Reference
 if TYPE_CHECKING:
     from cfs.repository.repository import Repository
 
-__all__ = ["copy"]
+__all__ = ["copy", "open_source", "print_copied"]
 
 
 @click.command(cls=StrictCommand)
@@ -32,18 +32,28 @@ def copy(
     """Copy IMAGE, a tag or @DIGEST of a manifest, from another store into this one."""
     from cfs.oci.copy import copy_image
 
-    with open_store(ctx, write=True) as target, _open_source(ctx, source) as origin:
+    with open_store(ctx, write=True) as target, open_source(ctx, source) as origin:
         copied = copy_image(origin, target, image, name=name, zerocopy=zerocopy)
+    manifest = (copied.manifest_digest, copied.manifest_stream)
+    config = (copied.config_digest, copied.config_stream)
+    print_copied(image, source, name, (*manifest, *config))
+
+
+def print_copied(
+    image: Reference, source: str, name: str | None, ids: "tuple[str, object, str, object]"
+) -> None:
+    """Print what was copied; ``ids``: digest and stream of the manifest, then of the config."""
     tagged = "" if name is None else f", tagged as {escape(name)}"
     shown = f"@{image.digest}" if image.tag is None else image.tag
     click.echo(f"Copied image {escape(shown)} from {escape(source)} to destination repo{tagged}")
-    click.echo(f"Manifest digest: {copied.manifest_digest}")
-    click.echo(f"Manifest verity: {copied.manifest_stream}")
-    click.echo(f"Config digest:   {copied.config_digest}")
-    click.echo(f"Config verity:   {copied.config_stream}")
+    manifest_digest, manifest_stream, config_digest, config_stream = ids
+    click.echo(f"Manifest digest: {manifest_digest}")
+    click.echo(f"Manifest verity: {manifest_stream}")
+    click.echo(f"Config digest:   {config_digest}")
+    click.echo(f"Config verity:   {config_stream}")
 
 
-def _open_source(ctx: click.Context, path: str) -> "Repository":
+def open_source(ctx: click.Context, path: str) -> "Repository":
     """Open the store to copy from; ``--hash`` and the like are about the other one."""
     from cfs.repository.repository import Repository
 

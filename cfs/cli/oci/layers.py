@@ -12,7 +12,13 @@ from cfs.cli.strict import StrictCommand
 from cfs.errors import InvalidRequestError
 from cfs.oci.reference import parse_digest
 
-__all__ = ["import_layer", "layer"]
+__all__ = [
+    "import_layer",
+    "layer",
+    "print_pieces",
+    "refuse_terminal_input",
+    "refuse_terminal_output",
+]
 
 
 @click.command(cls=StrictCommand)
@@ -32,9 +38,7 @@ def import_layer(ctx: click.Context, /, diff_id: str, name: str | None) -> None:
     with open_store(ctx, write=True) as repository:
         stream = layers.find_typed_layer(repository, diff_id, ContentType.LAYER)
         if stream is None:
-            if sys.stdin.isatty():
-                msg = "stdin is a terminal: expected a tar"
-                raise InvalidRequestError(msg)
+            refuse_terminal_input()
             stream = layers.import_layer(
                 repository, sys.stdin.buffer, compression=Compression.NONE, diff_id=diff_id
             ).stream
@@ -55,19 +59,41 @@ def layer(ctx: click.Context, /, diff_id: str, is_dumpfile: bool, is_json: bool)
     if is_dumpfile and is_json:
         msg = "--dumpfile cannot be used with --json"
         raise click.UsageError(msg, ctx)
-    if not (is_dumpfile or is_json) and sys.stdout.isatty():
-        msg = "stdout is a terminal: redirect it, or use --dumpfile or --json"
-        raise InvalidRequestError(msg)
+    if not (is_dumpfile or is_json):
+        refuse_terminal_output()
     with open_store(ctx) as repository:
         if is_json:
             print_json(summarize_layer(repository, diff_id).as_dict())
         elif is_dumpfile:
-            _print(format_entries(repository, diff_id))
+            print_pieces(format_entries(repository, diff_id))
         else:
-            _print(read_tar(repository, diff_id))
+            print_pieces(read_tar(repository, diff_id))
 
 
-def _print(pieces: Iterator[bytes]) -> None:
+def refuse_terminal_input() -> None:
+    """Refuse to read a tar from the keyboard.
+
+    Raises:
+        InvalidRequestError: stdin is a terminal.
+    """
+    if sys.stdin.isatty():
+        msg = "stdin is a terminal: expected a tar"
+        raise InvalidRequestError(msg)
+
+
+def refuse_terminal_output() -> None:
+    """Refuse to show people a tar.
+
+    Raises:
+        InvalidRequestError: stdout is a terminal.
+    """
+    if sys.stdout.isatty():
+        msg = "stdout is a terminal: redirect it, or use --dumpfile or --json"
+        raise InvalidRequestError(msg)
+
+
+def print_pieces(pieces: Iterator[bytes]) -> None:
+    """Write data to stdout."""
     for piece in pieces:
         sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()

@@ -142,6 +142,11 @@ def test_places_of_storages(
     with pytest.raises(NotFoundError):
         open_and_close("home")
     assert storage.path.exists()
+    only = SourceOptions(local_fetch=LocalFetch.AUTO, storage_root=str(places["one"]))
+    with open_source("containers-storage:one", only):
+        pass
+    with pytest.raises(NotFoundError), open_source("containers-storage:two", only):
+        pass
 
 
 def test_docker_manifests_are_converted(storage: Storage, repository: Repository) -> None:

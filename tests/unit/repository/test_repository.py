@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import re
@@ -520,6 +521,23 @@ def test_a_reset_that_fails_loses_nothing(
         make(store, algorithm=SHA512, reset=True, is_secure=True)
     assert list_paths(store) == before
     assert probe_algorithm(str(store)) is SHA256
+
+
+def test_a_shared_store_outlasts_the_first_use(store: str) -> None:
+    with Repository.open(store, erofs_version=2) as first:
+        second = first.share()
+        first.objects.put_bytes(b"never flushed" * 10)
+    with second:
+        assert (second.formats, second.is_secure) == (Formats(2), False)
+        digest = second.objects.put_bytes(b"flushed" * 20)
+        second.sync()
+        assert second.objects.has(digest)
+        fd = os.open(store, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)
+    objects = [path for path in Path(store, "objects").rglob("*") if path.is_file()]
+    assert len(objects) == 1
 
 
 def test_default_path(monkeypatch: pytest.MonkeyPatch) -> None:

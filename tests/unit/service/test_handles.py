@@ -147,6 +147,30 @@ def test_exclusive_waits_for_other_uses_and_keeps_new_ones_out(
     assert order == ["use", "exclusive", "done", "late"]
 
 
+def test_exclusive_gets_its_turn_among_many_short_uses(handles: Handles, store: Path) -> None:
+    handle = open_as(handles, store)
+    done = threading.Event()
+    nr_uses = []
+
+    def use() -> None:
+        with calling() as (call, _):
+            while not done.is_set():
+                with handles.get(call, handle):
+                    nr_uses.append(1)
+                    done.wait(0.001)
+
+    with ThreadPoolExecutor(8) as pool, calling() as (call, _):
+        users = [pool.submit(use) for _ in range(8)]
+        for _ in range(5):
+            with handles.exclusive(call, handle):
+                before = len(nr_uses)
+                threading.Event().wait(0.01)
+                assert len(nr_uses) == before
+        done.set()
+        for user in users:
+            user.result(SECONDS)
+
+
 def test_exclusive_gives_up(handles: Handles, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EXCLUSIVE_WAIT_S", 0)
     monkeypatch.setattr(module, "_LOOK_S", 0.01)
@@ -189,21 +213,37 @@ def test_opening_waits_for_a_collection_but_not_for_ever(
     os.close(fd)
 
 
-def test_users_have_limits(
-    handles: Handles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stores = [make_store(tmp_path / str(number)) for number in range(3)]
-    monkeypatch.setattr(module, "_MAX_HANDLES", 2)
+def test_users_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [make_store(tmp_path / str(number)) for number in range(2)]
+    monkeypatch.setattr(module, "_HANDLES_PER_UID", 2)
+    handles = Handles(StoreOptions())
+    before = nr_fds()
     assert [open_as(handles, stores[0]) for _ in range(2)] == [1, 2]
     with pytest.raises(MethodError, match="too many"):
         open_as(handles, stores[0])
     with calling() as (call, _):
         handles.close(call, 1)
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
     assert open_as(handles, stores[1]) == 3
-    monkeypatch.setattr(module, "_MAX_HANDLES", 10)
+    handles.close_all()
+    assert nr_fds() == before
+
+
+def test_users_have_limits_of_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [make_store(tmp_path / str(number)) for number in range(2)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8, 8))
+    handles = Handles(StoreOptions())
+    before = nr_fds()
+    assert [open_as(handles, stores[0]) for _ in range(2)] == [1, 2]
     with pytest.raises(MethodError, match="too many"):
-        open_as(handles, stores[2])
+        open_as(handles, stores[1])
+    with calling() as (call, _):
+        handles.close(call, 1)
+        with pytest.raises(MethodError, match="too many"):
+            open_as(handles, stores[1])
+        handles.close(call, 2)
+    assert open_as(handles, stores[1]) == 3
+    handles.close_all()
+    assert nr_fds() == before
 
 
 @pytest.mark.usefixtures("root")

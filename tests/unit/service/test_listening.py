@@ -16,7 +16,8 @@ from tests.varlink_client import RawClient
 @pytest.mark.parametrize("length", [4, 200])
 @pytest.mark.parametrize("scheme", ["", "unix:"])
 def test_file(tmp_path: Path, length: int, scheme: str) -> None:
-    path = tmp_path / ("s" * length)
+    path = tmp_path / ("d" * length) / "sock"
+    path.parent.mkdir()
     with listening(f"{scheme}{path}", 0o640):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
         RawClient.connect(str(path)).close()

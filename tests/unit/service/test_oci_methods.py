@@ -41,7 +41,7 @@ class Service:
         path = str(self.directory / name)
         init(path, algorithm=algorithm, is_secure=False, erofs_version=1)
         with calling() as (call, _):
-            return self.handles.open_store(call, path)
+            return self.handles.open_store(call, path).handle
 
     def call(self, method: str, fds: tuple[int, ...] = (), **parameters: Any) -> Any:
         with calling(fds=fds) as (call, _):
@@ -165,7 +165,9 @@ def test_a_layer_that_cannot_be_sent(service: Service) -> None:
     assert error_of(lambda: service.get(9, "zz"))[0] == "InvalidDigest"
 
 
-@pytest.mark.parametrize("begun", [b"", format_chunk(Inline(TOP[:512]))[:100]])
+@pytest.mark.parametrize(
+    "begun", [b"", format_chunk(Inline(TOP[:512]))[:100]], ids=["none", "some"]
+)
 def test_a_sender_who_leaves_ends_the_receiver(service: Service, begun: bytes) -> None:
     handle = service.open("store")
     stream, sink = os.pipe()
@@ -199,7 +201,9 @@ def test_contents_of_another_layer_are_refused(service: Service, tmp_path: Path)
 def test_a_pull_tells_what_happens(service: Service) -> None:
     handle = service.open("store")
     with calling(more=True) as (call, _):
-        *replies, last = service.oci.Pull(call, **service.wish(handle))
+        stream = service.oci.Pull(call, **service.wish(handle))
+        assert isinstance(stream, Iterator)
+        *replies, last = stream
     assert all(continues and len(reply) == 1 for reply, continues in replies)
     told = [name for reply, _ in replies for name in reply if name != "message"]
     assert told == ["started", "progress", "done"]

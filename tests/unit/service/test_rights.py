@@ -1,6 +1,8 @@
 """Who is foreign, and what a foreign user may mount on."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from cfs.service.rights import (
     refuse_foreign,
     store_path,
 )
+from tests.paths import CHECKOUT
 from tests.unit.service.direct import OWN, SOMEBODY
 
 ROOT = Peer(1, 0, 0, ())
@@ -132,3 +135,14 @@ def test_stores_are_those_of_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     with pytest.raises(InvalidRequestError):
         store_path(OWN, user=True)
+
+
+@pytest.mark.usefixtures("root")
+def test_modules_are_there_before_somebody_acts_who_cannot_read_them() -> None:
+    code = (
+        "import sys; from cfs.service.call import Peer; from cfs.service.rights import as_peer\n"
+        "late = {'cfs.erofs.writer', 'cfs.mounting.kernel', 'cfs.oci.sources.archives'}\n"
+        "assert not late & set(sys.modules)\n"
+        "with as_peer(Peer(1, 54321, 54321, ())): assert late <= set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
