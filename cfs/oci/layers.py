@@ -92,9 +92,8 @@ def find_typed_layer(repository: "Repository", digest: str, content_type: bytes)
     with suppress(NotFoundError, FormatError, IntegrityError):
         stream = find_layer(repository, digest)
         if stream is not None and repository.objects.is_sound(stream):
-            with open_stored_stream(repository, stream) as layer:
-                is_usable = layer.content_type == content_type
-                if is_usable and all(map(repository.objects.has, layer.object_refs)):
+            with open_stored_stream(repository, stream, content_type) as layer:
+                if all(map(repository.objects.has, layer.object_refs)):
                     return stream
     return None
 

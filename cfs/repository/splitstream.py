@@ -266,6 +266,17 @@ class SplitStream:
         indexes = dict(_parse_record(record, len(self.stream_refs)) for record in records)
         return {name: self.stream_refs[index] for name, index in indexes.items()}
 
+    def require_type(self, content_type: bytes) -> None:
+        """Refuse a stream of another content type.
+
+        Raises:
+            FormatError: it has another one.
+        """
+        if self.content_type != content_type:
+            found = self.content_type.decode(errors="backslashreplace")
+            msg = f"Invalid splitstream content type {found!r}: expected {content_type.decode()!r}"
+            raise FormatError(msg)
+
     def chunks(self) -> Iterator[bytes | Digest]:
         """Yield the contents: inline data in pieces, objects by their digest.
 
