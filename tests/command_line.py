@@ -36,6 +36,7 @@ LAYERS = {
     "top.tar": "96a9e395b47aefc2b44dbbc0a87b42fae4056bca92a45677d24c457274116a0b",
 }
 _SECONDS = 60
+_FORKING_SECONDS = 300
 _PLACEHOLDERS = {
     "hex128": "[0-9a-f]{128}",
     "hex64": "[0-9a-f]{64}",
@@ -103,6 +104,22 @@ def run_text(capture: pytest.CaptureFixture[str], *words: str | Path) -> Result:
     """Run ``cfsctl`` in this process; ``capture`` is pytest's ``capsys``."""
     status = run_cfsctl([str(word) for word in words])
     return Result(status, *capture.readouterr())
+
+
+def run_forking(module: str, *arguments: str | Path | int) -> dict[str, Any]:
+    """Run a program of ``tests.integration`` that forks; return the JSON that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.integration.{module}", *map(str, arguments)],
+        cwd=CHECKOUT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads when it forks
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_FORKING_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def run_shell(script: str, cwd: Path, **more: str) -> Done:

@@ -6,6 +6,7 @@ so, and a decoder's window has at most 128 MiB.  All members of gzip and all fra
 which is read and ignored.
 """
 
+import io
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -16,12 +17,12 @@ from cfs.oci.manifest import Compression
 if TYPE_CHECKING:
     import zstandard
 
-__all__ = ["Readable", "decompress"]
+__all__ = ["Readable", "decompress", "detect_compression"]
 
 _READ_SIZE = 1 << 18
 _PIECE_SIZE = 1 << 20  # of what comes out
 
-_GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, 2.3.1
 _FIRST_PIECE_SIZE = 1 << 12  # what a short member leaves of it is copied: once for each member
 
 # RFC 8878, 3.1
@@ -39,12 +40,24 @@ _MAX_BLOCK_SIZE = 1 << 17
 _MAX_WINDOW_SIZE = 1 << 27
 
 
+_MAGICS = {Compression.GZIP: _GZIP_MAGIC, Compression.ZSTD: _ZSTD_MAGIC}
+
+
 class Readable(Protocol):
     """What a blob has to have."""
 
     def read(self, size: int, /) -> bytes:
         """Return some of the next bytes, at most ``size``; none at the end."""
         ...
+
+
+def detect_compression(blob: io.RawIOBase) -> Compression:
+    """Return what the first bytes of a blob say; they are read."""
+    start = blob.read(max(map(len, _MAGICS.values()))) or b""
+    for compression, magic in _MAGICS.items():
+        if start.startswith(magic):
+            return compression
+    return Compression.NONE
 
 
 def decompress(blob: Readable, compression: Compression) -> Iterator[bytes]:

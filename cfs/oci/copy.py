@@ -4,7 +4,7 @@ from cfs.digest import Digest
 from cfs.errors import FormatError, InvalidRequestError
 from cfs.oci.documents import config_of, find_manifest
 from cfs.oci.finalize import StoredImage, finalize_image, layer_types
-from cfs.oci.layers import find_typed_layer
+from cfs.oci.layers import find_sound_layer
 from cfs.oci.manifest import Compression, Manifest, layer_compression
 from cfs.oci.reference import Reference, check_content, check_tag
 from cfs.oci.transfer import receive_layer, send_layer
@@ -63,7 +63,7 @@ def copy_image(
         if stream is None:
             msg = f"manifest {image.digest}: its stream does not refer to layer {digest}"
             raise FormatError(msg)
-        found = find_typed_layer(target, digest, content_type)
+        found = find_sound_layer(target, digest, content_type)
         if found is None:
             found = _copy_layer(
                 source, target, digest, stream, zerocopy=zerocopy, is_sure=digest not in unsure

@@ -4,6 +4,7 @@ The document is the only object of the stream; what it needs are named reference
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from cfs.digest import Digest
 from cfs.errors import FormatError, IntegrityError, explaining
@@ -49,17 +50,13 @@ def open_document(
         IntegrityError: it is not what its name says.
         OSError: reading failed.
     """
-    with explaining(f"Opening stream '{content_id}'"):
-        opened = open_stored_stream(repository, stream)
+    with explaining(f"Opening stream '{content_id}'"), ExitStack() as stack:
+        opened = stack.enter_context(open_stored_stream(repository, stream))
         if verify and not repository.objects.is_sound(stream):
-            opened.close()
             msg = f"object {stream}: its contents have another digest"
             raise IntegrityError(msg)
-        if opened.content_type != content_type:
-            found = opened.content_type.decode(errors="backslashreplace")
-            opened.close()
-            msg = f"Invalid splitstream content type {found!r}: expected {content_type.decode()!r}"
-            raise FormatError(msg)
+        opened.require_type(content_type)
+        stack.pop_all()
         return opened
 
 

@@ -56,13 +56,7 @@ def read_layer(repository: Repository, stream: Digest) -> Iterator[tuple[Entry, 
         IntegrityError: it is not what its name says.
         OSError: it cannot be read.
     """
-    with open_stored_stream(repository, stream) as layer:
-        if layer.content_type != ContentType.LAYER:
-            msg = (
-                "Invalid splitstream content type: "
-                f"expected {ContentType.LAYER!r}, found {layer.content_type!r}"
-            )
-            raise FormatError(msg)
+    with open_stored_stream(repository, stream, ContentType.LAYER) as layer:
         reader = _LayerReader(layer.chunks())
         while (entry := read_entry(reader.read)) is not None:
             _check_entry(entry)

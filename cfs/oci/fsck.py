@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from cfs.digest import Digest
 from cfs.errors import CfsError, FormatError
 from cfs.oci.document_streams import config_key, config_name, open_document, read_document
+from cfs.oci.layers import layer_name
 from cfs.oci.manifest import Config, Manifest
 from cfs.oci.reference import digest_like
 from cfs.oci.tags import Tag, find_manifest_stream, list_tags, manifest_name, resolve_tag
@@ -167,7 +168,7 @@ class _ImageCheck:
             self._check_object(kind, name, references[name])
 
     def _check_registered(self, diff_id: str) -> None:
-        content_id = f"oci-layer-{diff_id}"
+        content_id = layer_name(diff_id)
         try:
             if not has_stream(self._repository, content_id):
                 self._find("layer-stream-missing", diff_id)

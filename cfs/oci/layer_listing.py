@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from cfs.digest import Digest
 from cfs.dumpfile.escapes import escape_field
 from cfs.dumpfile.printer import format_inode, format_link
-from cfs.errors import FormatError, NotFoundError
+from cfs.errors import NotFoundError
 from cfs.oci.filesystem import make_inode, read_layer
 from cfs.oci.layers import find_layer
 from cfs.oci.tar import Kind, make_absolute
-from cfs.repository.splitstream import SplitStream
 from cfs.repository.splitstream_format import ContentType
 from cfs.repository.streams import open_stored_stream
 
@@ -64,7 +63,8 @@ def read_tar(repository: "Repository", diff_id: str) -> Iterator[bytes]:
         FormatError: the layer is no tar or broken; what comes before was given.
         IntegrityError: an object is not what its name says.
     """
-    with _open(repository, _find(repository, diff_id)) as stream:
+    digest = _find(repository, diff_id)
+    with open_stored_stream(repository, digest, ContentType.LAYER) as stream:
         yield from stream.contents(repository.objects)
 
 
@@ -76,7 +76,7 @@ def summarize_layer(repository: "Repository", diff_id: str) -> LayerSummary:
         FormatError: it is no tar or broken.
     """
     digest = _find(repository, diff_id)
-    with _open(repository, digest) as stream:
+    with open_stored_stream(repository, digest, ContentType.LAYER) as stream:
         size = stream.total_size
     nr_entries = external_size = 0
     objects = set()
@@ -118,12 +118,3 @@ def _find(repository: "Repository", diff_id: str) -> Digest:
         msg = f"Layer {diff_id} not found"
         raise NotFoundError(msg)
     return digest
-
-
-def _open(repository: "Repository", digest: Digest) -> SplitStream:
-    stream = open_stored_stream(repository, digest)
-    if stream.content_type != ContentType.LAYER:
-        stream.close()
-        msg = f"Invalid splitstream content type {stream.content_type!r}: this is no tar"
-        raise FormatError(msg)
-    return stream

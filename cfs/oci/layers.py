@@ -8,7 +8,7 @@ import os
 import select
 import stat
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -37,7 +37,6 @@ __all__ = [
     "Statistics",
     "find_layer",
     "find_sound_layer",
-    "find_typed_layer",
     "import_blob",
     "import_layer",
     "layer_name",
@@ -80,8 +79,10 @@ def find_layer(repository: "Repository", diff_id: str) -> "Digest | None":
         return None
 
 
-def find_typed_layer(repository: "Repository", digest: str, content_type: bytes) -> "Digest | None":
-    """Return the stream of a layer, if it is there and can be used as one of that type.
+def find_sound_layer(
+    repository: "Repository", digest: str, *content_types: bytes
+) -> "Digest | None":
+    """Return the stream of a layer or blob if it has one of these types and nothing is missing.
 
     The blob of an artifact may have the digest that is the diff id of a layer.  The stream is
     read and its objects are looked for, so that storing it again brings back what was lost or
@@ -90,21 +91,11 @@ def find_typed_layer(repository: "Repository", digest: str, content_type: bytes)
     Raises:
         OSError: reading failed.
     """
-    return find_sound_layer(repository, digest, (content_type,))
-
-
-def find_sound_layer(
-    repository: "Repository",
-    digest: str,
-    content_types: Collection[bytes] = (ContentType.LAYER, ContentType.BLOB),
-) -> "Digest | None":
-    """Return the stream of a layer or blob; see :func:`find_typed_layer`."""
     with suppress(NotFoundError, FormatError, IntegrityError):
         stream = find_layer(repository, digest)
         if stream is not None and repository.objects.is_sound(stream):
-            with open_stored_stream(repository, stream) as layer:
-                is_usable = layer.content_type in content_types
-                if is_usable and all(map(repository.objects.has, layer.object_refs)):
+            with open_stored_stream(repository, stream, *content_types) as layer:
+                if all(map(repository.objects.has, layer.object_refs)):
                     return stream
     return None
 

@@ -19,6 +19,7 @@ from cfs.repository.strict_json import (
     parse_fields,
     parse_integer,
     parse_list,
+    parse_size,
     parse_string,
     parse_strings,
 )
@@ -63,7 +64,6 @@ _OF_DOCKER = {
     _DOCKER_FOREIGN_LAYER: _FOREIGN_LAYER,
     f"{_DOCKER_FOREIGN_LAYER}.gzip": f"{_FOREIGN_LAYER}+gzip",
 }
-_MAX_SIZE = (1 << 63) - 1
 _VERSIONS = (2,)
 # names of Go for what uname calls the machine
 _ARCHITECTURES = {
@@ -146,7 +146,7 @@ class Descriptor:
         return cls(
             media_type=parse_string(fields, "mediaType", where),
             digest=_parse_digest(parse_string(fields, "digest", where), where),
-            size=parse_integer(fields, "size", where, range(_MAX_SIZE + 1)),
+            size=parse_size(fields, "size", where),
             annotations=_parse_map(fields, "annotations", where),
             platform=_parse_platform(fields, where),
             artifact_type=_parse_optional(fields, "artifactType", where),

@@ -24,7 +24,7 @@ from cfs.oci.images import BootImage, link_boot_image
 from cfs.oci.layers import (
     ImportedLayer,
     Statistics,
-    find_typed_layer,
+    find_sound_layer,
     import_blob,
     import_layer,
     layer_name,
@@ -281,7 +281,7 @@ class _Pull:
         streams: dict[str, Digest] = {}
         missing = []
         for layer in wanted.values():
-            stream = find_typed_layer(self.repository, layer.id, layer.content_type)
+            stream = find_sound_layer(self.repository, layer.id, layer.content_type)
             if stream is None:
                 missing.append(layer)
             else:

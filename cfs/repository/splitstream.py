@@ -266,6 +266,18 @@ class SplitStream:
         indexes = dict(_parse_record(record, len(self.stream_refs)) for record in records)
         return {name: self.stream_refs[index] for name, index in indexes.items()}
 
+    def require_type(self, *content_types: bytes) -> None:
+        """Refuse a stream that has none of these content types.
+
+        Raises:
+            FormatError: it has another one.
+        """
+        if self.content_type not in content_types:
+            found = self.content_type.decode(errors="backslashreplace")
+            expected = " or ".join(repr(content_type.decode()) for content_type in content_types)
+            msg = f"Invalid splitstream content type {found!r}: expected {expected}"
+            raise FormatError(msg)
+
     def chunks(self) -> Iterator[bytes | Digest]:
         """Yield the contents: inline data in pieces, objects by their digest.
 

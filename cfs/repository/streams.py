@@ -1,6 +1,7 @@
 """Streams by name (spec repository 3.7): register and find."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from cfs.digest import Digest
 from cfs.errors import FormatError, InvalidRequestError, NotFoundError
@@ -118,16 +119,29 @@ def open_stream(repository: Repository, name: str) -> SplitStream:
     return open_stored_stream(repository, find_stream(repository, name))
 
 
-def open_stored_stream(repository: Repository, digest: Digest) -> SplitStream:
+def open_stored_stream(
+    repository: Repository, digest: Digest, *content_types: bytes
+) -> SplitStream:
     """Open a stream by the digest of its object, which is verified where the kernel can.
+
+    Args:
+        repository: the store.
+        digest: of the stream.
+        content_types: of which it must have one; none if any will do.
 
     Raises:
         NotFoundError: its object is missing.
-        FormatError: it is broken.
+        FormatError: it is broken or has another type.
         IntegrityError: the object is not what its name says.
         OSError: it cannot be read.
     """
-    return SplitStream(repository.objects.open_object(digest), repository.algorithm)
+    with ExitStack() as stack:
+        fd = repository.objects.open_object(digest)
+        stream = stack.enter_context(SplitStream(fd, repository.algorithm))
+        if content_types:
+            stream.require_type(*content_types)
+        stack.pop_all()
+        return stream
 
 
 def _find(repository: Repository, path: bytes) -> Digest | None:

@@ -16,11 +16,13 @@ __all__ = [
     "parse_fields",
     "parse_integer",
     "parse_list",
+    "parse_size",
     "parse_string",
     "parse_strings",
 ]
 
 _SHOWN_SIZE = 40
+_SIZES = range(1 << 63)  # loff_t
 
 
 class _Object(list[tuple[str, Any]]):
@@ -92,6 +94,15 @@ def parse_integer(fields: Mapping[str, Any], key: str, where: str, values: Conta
         msg = f"{where}: {key}: found {_find(fields, key)}, {expected}"
         raise FormatError(msg)
     return value
+
+
+def parse_size(fields: Mapping[str, Any], key: str, where: str) -> int:
+    """Return a size in bytes, one that a file can have.
+
+    Raises:
+        FormatError: it is missing or none.
+    """
+    return parse_integer(fields, key, where, _SIZES)
 
 
 def parse_string(fields: Mapping[str, Any], key: str, where: str) -> str:

@@ -15,6 +15,7 @@ from cfs.oci.finalize import finalize_image
 from cfs.oci.layers import Statistics, find_sound_layer
 from cfs.oci.splitdir import File, read_chunks
 from cfs.oci.transfer import LayerMismatchError, receive_layer
+from cfs.repository.splitstream_format import ContentType
 from cfs.service.errors import MethodError
 from cfs.service.layer_sender import LayerSenders
 from cfs.service.oci_base import OciBase, checked_digest
@@ -52,7 +53,7 @@ class LayerMethods(OciBase):
         """Tell whether a layer is there and complete."""
         checked_digest(diff_id)
         with self._repository(call, handle) as repository:
-            stream = find_sound_layer(repository, diff_id)
+            stream = find_sound_layer(repository, diff_id, ContentType.LAYER, ContentType.BLOB)
         return {"present": stream is not None, "layer_verity": stream and str(stream)}
 
     def GetLayer(self, call: "Call", *, handle: int, params: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _receive(
 ) -> dict[str, Any]:
     """Store a layer, or read what is there already to its end: the sender waits for that."""
     repository.check_writable()
-    present = find_sound_layer(repository, diff_id)
+    present = find_sound_layer(repository, diff_id, ContentType.LAYER, ContentType.BLOB)
     statistics = Statistics()
     if present is None:
         try:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cfs.cli.cfsctl import run
 from cfs.fuse import Mount, ServeOptions, serve
 from cfs.inodes import InodeVector
 from cfs.linux.mounts import detach_mount
@@ -196,6 +197,14 @@ def ground() -> Iterator[Path]:
     parent = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=parent) as directory:
         yield Path(directory)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A new store of sha256."""
+    path = tmp_path / "store"
+    assert run(["init", "--insecure", "--algorithm", "fsverity-sha256-12", str(path)]) == 0
+    return path
 
 
 @pytest.fixture

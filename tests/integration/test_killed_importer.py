@@ -1,16 +1,14 @@
 """An importer that is killed at any system call leaves a store that is sound (issue 5)."""
 
-import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.command_line import run_forking
 from tests.paths import CHECKOUT
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion", "-Wsign-conversion"]
@@ -49,19 +47,7 @@ def test_importer_killed_at_every_change_of_the_store(
     def work(share: int) -> "dict[str, object]":
         directory = ground / str(share)
         make_tree(directory / "tree")
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.integration.killing", killer, directory, kind,
-             str(share), str(SHARES)],
-            cwd=CHECKOUT,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads when it forks
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=DEADLINE,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        result: dict[str, object] = json.loads(done.stdout)
-        return result
+        return run_forking("killing", killer, directory, kind, share, SHARES)
 
     with ThreadPoolExecutor(SHARES) as executor:
         results = list(executor.map(work, range(1, SHARES + 1)))

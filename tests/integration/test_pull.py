@@ -6,7 +6,6 @@ import pty
 import random
 import signal
 import subprocess
-import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from cfs.cli.cfsctl import run
 from cfs.errors import CfsError, IntegrityError, NotFoundError
 from cfs.oci.pull import Done, Event, Message, Progress, Pulled, Skipped, Started, pull
 from cfs.oci.sources import LocalFetch, SourceOptions
 from cfs.repository.repository import Repository
-from tests.command_line import Result, command, environment, run_text
+from tests.command_line import Result, command, environment, run_forking, run_text
 from tests.oci_layouts import TAR, Layout, digest_of, make_tar
-from tests.paths import CHECKOUT
 
 NR_KILLS = int(os.environ.get("CFS_KILLS", "20"))
 DEADLINE = 300
@@ -36,13 +33,6 @@ Cfsctl = Callable[..., Result]
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path / "layout")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "store"
-    assert run(["init", "--insecure", "--algorithm", "fsverity-sha256-12", str(path)]) == 0
-    return path
 
 
 @pytest.fixture
@@ -414,18 +404,7 @@ def test_killed_pull_can_be_repeated(ground: Path) -> None:
         })
         for number in range(5)
     ])  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.pull_killing", layout.path, ground,
-         str(NR_KILLS), "7"],
-        cwd=CHECKOUT,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads when it forks
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = run_forking("pull_killing", layout.path, ground, NR_KILLS, 7)
     assert result["problems"] == []
     assert result["killed"] == NR_KILLS
     assert result["resumed"] > 0

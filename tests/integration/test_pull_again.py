@@ -42,13 +42,6 @@ def layout(tmp_path: Path) -> Layout:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "store"
-    assert run(["init", "--insecure", "--algorithm", "fsverity-sha256-12", str(path)]) == 0
-    return path
-
-
-@pytest.fixture
 def cfsctl(capsys: pytest.CaptureFixture[str], store: Path) -> Cfsctl:
     """Run a command in this process, which has to succeed without a warning."""
     capsys.readouterr()

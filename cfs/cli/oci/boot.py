@@ -1,12 +1,11 @@
 """``cfsctl oci prepare-boot``: write a boot entry of an image (spec cli-and-varlink a.6)."""
 
-import gc
 import os
 
 import click
 
-from cfs.cli.oci.trees import add_config_arguments, parse_stream
-from cfs.cli.store import open_store, store_path
+from cfs.cli.oci.trees import add_config_arguments, open_config
+from cfs.cli.store import store_path
 from cfs.cli.strict import StrictCommand, find_global_options
 from cfs.oci.reference import Reference
 
@@ -39,12 +38,8 @@ def prepare_boot(
     REF is a tag, or @DIGEST of a config.
     """
     from cfs.oci import boot_entries
-    from cfs.oci.images import find_config
 
-    gc.disable()  # all that is made lives to the end
-    config_stream = parse_stream(stream)
-    with open_store(ctx, write=True) as repository:
-        config, verify = find_config(repository, reference, config_stream)
+    with open_config(ctx, reference, stream, write=True) as (repository, config, verify):
         image = boot_entries.prepare_boot(
             repository, config, bootdir, entry_id=entry_id, arguments=cmdline, verify=verify
         )

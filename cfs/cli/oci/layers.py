@@ -36,7 +36,7 @@ def import_layer(ctx: click.Context, /, diff_id: str, name: str | None) -> None:
     if name is not None:
         check_stream_name(name)  # before all the work
     with open_store(ctx, write=True) as repository:
-        stream = layers.find_typed_layer(repository, diff_id, ContentType.LAYER)
+        stream = layers.find_sound_layer(repository, diff_id, ContentType.LAYER)
         if stream is None:
             refuse_terminal_input()
             stream = layers.import_layer(

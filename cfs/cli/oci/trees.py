@@ -2,7 +2,9 @@
 
 import gc
 import sys
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -13,7 +15,11 @@ from cfs.cli.strict import StrictCommand
 from cfs.digest import Digest
 from cfs.oci.reference import Reference
 
-__all__ = ["add_config_arguments", "compute_id", "dump", "parse_stream"]
+if TYPE_CHECKING:
+    from cfs.oci.documents import StoredConfig
+    from cfs.repository.repository import Repository
+
+__all__ = ["add_config_arguments", "compute_id", "dump", "open_config"]
 
 _C = TypeVar("_C", bound=click.Command)
 
@@ -27,13 +33,25 @@ def add_config_arguments(command: _C) -> _C:
     return command
 
 
-def parse_stream(stream: str | None) -> Digest | None:
-    """Return the id of a config's stream.
+@contextmanager
+def open_config(
+    ctx: click.Context, reference: Reference, stream: str | None, *, write: bool = False
+) -> Iterator["tuple[Repository, StoredConfig, bool]"]:
+    """Open the store and find the config that the arguments name.
+
+    Gives the store, the config, and whether to verify its layers.  What is made of it lives to
+    the end of the process, so garbage of Python is not looked for from now on.
 
     Raises:
-        FormatError: it cannot be one.
+        FormatError: ``stream`` cannot be the id of a stream.
+        Other errors: as :func:`cfs.cli.store.open_store` and :func:`cfs.oci.images.find_config`.
     """
-    return None if stream is None else Digest.parse(stream)
+    from cfs.oci.images import find_config
+
+    gc.disable()
+    config_stream = None if stream is None else Digest.parse(stream)
+    with open_store(ctx, write=write) as repository:
+        yield repository, *find_config(repository, reference, config_stream)
 
 
 @add_config_arguments
@@ -50,13 +68,10 @@ def dump(
 ) -> None:
     """Print the files of an image as a dumpfile; REF is a tag, or @DIGEST of a config."""
     from cfs.dumpfile import format_tree
-    from cfs.oci.images import find_config, tree_of
+    from cfs.oci.images import tree_of
     from cfs.transform import XattrMode
 
-    gc.disable()  # all that is made lives to the end
-    config_stream = parse_stream(stream)
-    with open_store(ctx) as repository:
-        config, verify = find_config(repository, reference, config_stream)
+    with open_config(ctx, reference, stream) as (repository, config, verify):
         mode = XattrMode(xattrs)
         root = tree_of(repository, config, bootable=bootable, mode=mode, verify=verify)
     sys.stdout.buffer.writelines(format_tree(root))
@@ -75,13 +90,10 @@ def compute_id(
     xattrs: str,
 ) -> None:
     """Print the digest of an image; REF is a tag, or @DIGEST of a config."""
-    from cfs.oci.images import compute_image, find_config
+    from cfs.oci.images import compute_image
     from cfs.transform import XattrMode
 
-    gc.disable()
-    config_stream = parse_stream(stream)
-    with open_store(ctx) as repository:
-        config, verify = find_config(repository, reference, config_stream)
+    with open_config(ctx, reference, stream) as (repository, config, verify):
         mode = XattrMode(xattrs)
         digest = compute_image(repository, config, bootable=bootable, mode=mode, verify=verify)
     click.echo(digest)

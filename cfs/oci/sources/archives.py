@@ -21,7 +21,7 @@ from cfs.errors import (
     explaining,
 )
 from cfs.linux.files import owned
-from cfs.oci.compression import decompress
+from cfs.oci.compression import decompress, detect_compression
 from cfs.oci.manifest import Compression
 from cfs.oci.sources import SourceOptions
 from cfs.oci.sources.layout import LayoutSource
@@ -33,14 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TarFiles",
-    "detect_compression",
     "open_archive",
     "open_oci_archive",
     "split_archive_reference",
 ]
 
 _OPEN_ARCHIVE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_MAGICS = {Compression.GZIP: b"\x1f\x8b", Compression.ZSTD: b"\x28\xb5\x2f\xfd"}
 _TEMPORARY_PLACE = "/var/tmp"  # noqa: S108 - the file has no name; /tmp may be memory
 _MAX_MEMBERS = 1 << 16
 _MAX_PATH_SIZE = 4096  # PATH_MAX
@@ -143,15 +141,6 @@ def _normalize(path: bytes) -> str:
         msg = f"tar: a path of {len(path)} bytes: expected at most {_MAX_PATH_SIZE}"
         raise FormatError(msg)
     return os.fsdecode(os.path.normpath(b"/" + path.lstrip(b"/")))
-
-
-def detect_compression(file: io.RawIOBase) -> Compression:
-    """Return what the first bytes say; they are read."""
-    start = file.read(max(map(len, _MAGICS.values()))) or b""
-    for compression, magic in _MAGICS.items():
-        if start.startswith(magic):
-            return compression
-    return Compression.NONE
 
 
 @contextmanager

@@ -44,8 +44,8 @@ from cfs.repository.repository import Repository
 from cfs.repository.strict_json import (
     load_json,
     parse_fields,
-    parse_integer,
     parse_list,
+    parse_size,
     parse_string,
     parse_strings,
 )
@@ -57,7 +57,6 @@ _SYSTEM_ROOT = "/var/lib/containers/storage"
 _ADDITIONAL = "additionalimagestore"
 _IMAGE_ID = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _MAX_LIST_SIZE = 64 << 20  # of images.json and layers.json, bytes
-_MAX_SIZE = (1 << 63) - 1
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
 
@@ -242,7 +241,7 @@ def _read_layers(root: int) -> dict[str, _StoredLayer]:
         if fields.get("diff-digest") is not None:
             size = 0
             if fields.get("diff-size") is not None:
-                size = parse_integer(fields, "diff-size", where, range(_MAX_SIZE + 1))
+                size = parse_size(fields, "diff-size", where)
             layer = _StoredLayer(parse_string(fields, "id", where), size)
             layers[parse_string(fields, "diff-digest", where)] = layer
     return layers

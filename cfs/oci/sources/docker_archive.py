@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from cfs.errors import FormatError, InvalidRequestError, NotFoundError
+from cfs.oci.compression import detect_compression
 from cfs.oci.manifest import (
     CONFIG_TYPE,
     MANIFEST_TYPE,
@@ -28,7 +29,6 @@ from cfs.oci.reference import digest_of
 from cfs.oci.sources import SourceOptions
 from cfs.oci.sources.archives import (
     TarFiles,
-    detect_compression,
     open_archive,
     split_archive_reference,
 )

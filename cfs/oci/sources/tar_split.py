@@ -13,14 +13,19 @@ from typing import Any, BinaryIO
 from cfs.errors import FormatError
 from cfs.oci.compression import decompress
 from cfs.oci.manifest import Compression
-from cfs.repository.strict_json import load_json, parse_fields, parse_integer, parse_string
+from cfs.repository.strict_json import (
+    load_json,
+    parse_fields,
+    parse_integer,
+    parse_size,
+    parse_string,
+)
 
 __all__ = ["Member", "compute_checksum", "read_tar_split"]
 
 _WHERE = "tar-split"
 _KEYS = ("type", "name", "name_raw", "size", "payload")
 _MEMBER, _RAW = 1, 2
-_MAX_SIZE = (1 << 63) - 1
 _MAX_LINE_SIZE = 16 << 20  # raw bytes come in pieces of 1 MiB at most, in base64
 _CHECKSUM_SIZE = 8
 # CRC-64 of ISO 3309, reflected, as in Go's hash/crc64
@@ -87,7 +92,7 @@ def _parse_member(fields: Mapping[str, Any]) -> Member:
         name = _decode(fields, "name_raw")
     else:
         name = parse_string(fields, "name", _WHERE).encode()
-    size = parse_integer(fields, "size", _WHERE, range(_MAX_SIZE + 1))
+    size = parse_size(fields, "size", _WHERE)
     return Member(name, size, _decode(fields, "payload"))
 
 
