@@ -105,16 +105,16 @@ def detach(mountpoint: str, device: int | None = None) -> None:
     if device is not None and mounted_at(mountpoint) != device:
         return
     try:
-        _detach_topmost(mountpoint)
+        _detach_topmost(mountpoint, device)
     except MountError:
         # starter and supervisor may be told to end at once: one of them is faster
         if device is None or mounted_at(mountpoint) == device:
             raise
 
 
-def _detach_topmost(mountpoint: str) -> None:
+def _detach_topmost(mountpoint: str, device: int | None) -> None:
     try:
-        detach_mount(mountpoint)
+        detach_mount(mountpoint, device)
     except PermissionError:
         fusermount_detach(mountpoint)
     except OSError as error:
@@ -193,13 +193,15 @@ class FuseMount:
     def attach(self) -> int:
         """Show the mount, which serves by now, if it has a place; return its device number.
 
-        Asks the file system nothing, so a server that died in the meantime hangs nobody.
+        Its root is looked at, unless it is another user's: he could have us wait for ever.
 
         Raises:
-            MountError: the mount point is gone or not ours.
+            MountError: the mount point is gone or not ours, or nobody serves any more.
         """
         place = self._place
         try:
+            if place.owner is None:
+                os.stat(place.path if self._mount_fd < 0 else self._mount_fd)
             if not place.path:
                 return mount_device(self._mount_fd)
             if place.directory_fd >= 0 and self._mount_fd >= 0:

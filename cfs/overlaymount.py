@@ -181,7 +181,7 @@ class OverlayMount(FuseMount):
             msg = f"cannot mount on {self._place.path}: {error.strerror}"
             raise MountError(msg, error.errno or errno.EIO) from None
         except MountError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, errno.EBADF):
                 raise
             msg = f"{error}; Linux before 6.16 cannot do it at all"
             raise MountError(msg, errno.EINVAL) from None

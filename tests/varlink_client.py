@@ -36,8 +36,12 @@ class RawClient:
     @classmethod
     def connect(cls, path: str) -> "RawClient":
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with short_name(path) as name:
-            channel.connect(name)
+        try:
+            with short_name(path) as name:
+                channel.connect(name)
+        except BaseException:
+            channel.close()
+            raise
         channel.settimeout(SECONDS)
         return cls(channel)
 

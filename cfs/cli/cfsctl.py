@@ -13,7 +13,7 @@ from cfs import __version__
 from cfs.cli.connect import check_excluded, with_address
 from cfs.cli.group import Entry, LazyGroup
 from cfs.cli.report import run_reporting
-from cfs.cli.strict import GlobalOptions
+from cfs.cli.strict import GlobalOptions, StrictCommand
 from cfs.compat import override
 from cfs.digest import Algorithm
 from cfs.errors import UnsupportedError
@@ -124,7 +124,7 @@ _OPAQUE = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 _WORDS = click.argument("words", nargs=-1, type=click.UNPROCESSED)
 
 
-@click.command(add_help_option=False, context_settings=_OPAQUE)
+@click.command(cls=StrictCommand, add_help_option=False, context_settings=_OPAQUE)
 @_WORDS
 @click.pass_context
 def mkcomposefs(ctx: click.Context, /, words: tuple[str, ...]) -> None:
@@ -132,7 +132,7 @@ def mkcomposefs(ctx: click.Context, /, words: tuple[str, ...]) -> None:
     ctx.exit(importlib.import_module("cfs.cli.mkcomposefs").run(words))
 
 
-@click.command(add_help_option=False, context_settings=_OPAQUE)
+@click.command(cls=StrictCommand, add_help_option=False, context_settings=_OPAQUE)
 @_WORDS
 @click.pass_context
 def composefs_info(ctx: click.Context, /, words: tuple[str, ...]) -> None:
@@ -140,7 +140,7 @@ def composefs_info(ctx: click.Context, /, words: tuple[str, ...]) -> None:
     ctx.exit(importlib.import_module("cfs.cli.composefs_info").run(words))
 
 
-@click.command(add_help_option=False, context_settings=_OPAQUE)
+@click.command(cls=StrictCommand, add_help_option=False, context_settings=_OPAQUE)
 @_WORDS
 def ostree(words: tuple[str, ...]) -> None:  # noqa: ARG001 - whatever they are
     """Refuse: ostree is not part of cfs."""
@@ -148,7 +148,7 @@ def ostree(words: tuple[str, ...]) -> None:  # noqa: ARG001 - whatever they are
     raise UnsupportedError(msg)
 
 
-@click.command(add_help_option=False, context_settings=_OPAQUE)
+@click.command(cls=StrictCommand, add_help_option=False, context_settings=_OPAQUE)
 @_WORDS
 def fetch(words: tuple[str, ...]) -> None:  # noqa: ARG001 - whatever they are
     """Refuse: fetching over HTTP is not part of cfs."""

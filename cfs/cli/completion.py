@@ -14,17 +14,18 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import NamedTuple
 
 import click
 
 from cfs.cli.cfsctl import cfsctl
-from cfs.cli.completion_names import find_names
+from cfs.cli.completion_names import Candidates, find_names
+from cfs.cli.completion_tools import complete_tool
 from cfs.cli.connect import with_address
 from cfs.cli.group import LazyGroup, show_help
+from cfs.cli.main import TOOLS
 from cfs.cli.report import run_reporting
 
-__all__ = ["Candidates", "complete", "run"]
+__all__ = ["complete", "run"]
 
 _SCRIPTS = {"bash": "cfsctl.bash", "zsh": "_cfsctl", "fish": "cfsctl.fish"}
 _USAGE_STATUS = 2
@@ -33,18 +34,6 @@ _KINDS = {"DIR": "directories", "PATH": "files", "ADDRESS": "files"}
 _ARGUMENT_KINDS = {"path": "directories", "mountpoint": "directories"}
 _STORES = ("repo", "source")  # options that are called PATH, too
 _ITEMS: Mapping[str, Sequence[str]] = {"--fuse": ("auto", "yes", "no"), "-o": ()}
-
-
-class Candidates(NamedTuple):
-    """What may stand somewhere.
-
-    Attributes:
-        kind: ``files``, ``directories`` or ``nothing``: what the shell itself offers besides.
-        words: and what each one means.
-    """
-
-    kind: str = "nothing"
-    words: Sequence[tuple[str, str]] = ()
 
 
 @dataclass
@@ -151,7 +140,8 @@ def _answer_bash(line: str, point: str, arguments: Sequence[str]) -> None:
     words, is_quoted = _split(before)
     replaced = arguments[1] if len(arguments) > 1 else ""
     kept = len(words[-1]) - len(replaced) if words[-1].endswith(replaced) else 0
-    for word, _ in complete(words[1:]).words:
+    program = os.path.basename(words[0])
+    for word, _ in complete([program, *words[1:]] if program in TOOLS else words[1:]).words:
         # the shell must not expand, and so run, what others wrote into a name
         if not is_quoted:
             click.echo(shlex.quote(word[kept:]))
@@ -179,10 +169,23 @@ def complete(words: Sequence[str]) -> Candidates:
     """Return what may stand in place of the last word; nothing, if the store cannot be read.
 
     Args:
-        words: behind the program's name; what is typed of the last one.
+        words: behind the program's name, that of another tool first; what is typed of the last one.
     """
-    line = _Line()
     *before, current = words or [""]
+    if before and before[0] in TOOLS:
+        found = complete_tool(before[0], before[1:], current)
+    else:
+        found = _complete_cfsctl(before, current)
+    chosen = [
+        (word, " ".join(text.split()))
+        for word, text in found.words
+        if word.startswith(current) and word.isprintable()
+    ]
+    return Candidates(found.kind, chosen)
+
+
+def _complete_cfsctl(before: Sequence[str], current: str) -> Candidates:
+    line = _Line()
     root: dict[str, str] = {}
     for word in with_address(before):
         line.add(word)
@@ -190,12 +193,9 @@ def complete(words: Sequence[str]) -> Candidates:
             root = dict(line.values)
     line.values = {**root, **line.values}
     found = _candidates(line, current)
-    chosen = [
-        (word, " ".join(text.split()))
-        for word, text in found.words
-        if word.startswith(current) and word.isprintable()
-    ]
-    return Candidates(found.kind, chosen)
+    if not line.path and before[-1:] == ["--connect"]:  # an address or a command
+        return Candidates("files" if "/" in current else "nothing", [*found.words, *_addresses()])
+    return found
 
 
 def _candidates(line: _Line, current: str) -> Candidates:
@@ -231,8 +231,20 @@ def _complete_value(option: click.Option, prefix: str, value: str) -> Candidates
         return Candidates(words=[(f"{prefix}{choice}", "") for choice in option.type.choices])
     if option.type is click.BOOL:
         return Candidates(words=[(f"{prefix}{choice}", "") for choice in ("true", "false")])
+    if option.name == "connect":
+        return Candidates("files", [(f"{prefix}{word}", text) for word, text in _addresses()])
     kind = "directories" if option.name in _STORES else _KINDS.get(str(option.metavar), "nothing")
     return Candidates(kind)
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
+    """Yield where a service may listen and there is a socket."""
+    from cfs.client.address import default_addresses
+    from cfs.linux.address import parse_address
+
+    for address in default_addresses():
+        if os.path.exists(parse_address(address).name):
+            yield address, "Where a service listens"
 
 
 def _fuse_items(more: Iterable[str]) -> list[str]:

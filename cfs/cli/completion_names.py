@@ -5,17 +5,18 @@ converted, and nobody is waited for long.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from cfs.cli.connect import default_store
 from cfs.errors import CfsError
 
 if TYPE_CHECKING:
     from cfs.client import Client
     from cfs.repository.repository import Repository
 
-__all__ = ["find_names"]
+__all__ = ["Candidates", "find_names"]
 
 _LAYER = b"oci-layer-"
 _SERVICE_SECONDS = 2.0
@@ -23,6 +24,18 @@ _SHORT_DIGEST_SIZE = 12
 
 Values = Mapping[str, str]
 Names = Iterator[tuple[str, str]]
+
+
+class Candidates(NamedTuple):
+    """What may stand somewhere.
+
+    Attributes:
+        kind: ``files``, ``directories`` or ``nothing``: what the shell itself offers besides.
+        words: and what each one means.
+    """
+
+    kind: str = "nothing"
+    words: Sequence[tuple[str, str]] = ()
 
 
 def find_names(argument: str, values: Values) -> list[tuple[str, str]]:
@@ -65,10 +78,8 @@ def _connected(values: Values) -> "Iterator[Client]":
 @contextmanager
 def _opened_there(values: Values) -> "Iterator[tuple[Client, int]]":
     """Open the store that a service uses without ``--repo``."""
-    with _connected(values) as client:
-        is_system = client.peer_uid == 0
-        with client.opened(user=not is_system or None, system=is_system or None) as store:
-            yield client, store.handle
+    with _connected(values) as client, default_store(client) as store:
+        yield client, store.handle
 
 
 def _shorten(digest: str) -> str:

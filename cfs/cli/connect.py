@@ -7,7 +7,7 @@ a command without a method: nothing is left out silently.
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,10 +17,13 @@ from cfs.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from cfs.client import Client
+    from cfs.client.repository import Opened
 
 __all__ = [
+    "REMOTES",
     "check_excluded",
     "connected",
+    "default_store",
     "find_remote",
     "opened_store",
     "refuse_insecure",
@@ -30,7 +33,7 @@ __all__ = [
 
 _OPTION = "--connect"
 _WITH_VALUES = ("--repo", "--hash", "--erofs-version")  # global options before a command
-_REMOTES = {
+REMOTES = {
     "init": "connect_store.init",
     "gc": "connect_store.gc",
     "fsck": "connect_store.fsck",
@@ -93,10 +96,10 @@ def find_remote(ctx: click.Context) -> Remote:
         click.UsageError: no method does what the command does.
     """
     name = ctx.command_path.partition(" ")[2]
-    if name not in _REMOTES:
+    if name not in REMOTES:
         msg = f"{name} cannot be used with {_OPTION}: no varlink method does it"
         raise click.UsageError(msg, ctx)
-    module, _, function = _REMOTES[name].partition(".")
+    module, _, function = REMOTES[name].partition(".")
     if name != "init":
         refuse_insecure(ctx)
     remote: Remote = getattr(importlib.import_module(f"cfs.cli.{module}"), function)
@@ -143,18 +146,22 @@ def connected(ctx: click.Context) -> "Iterator[Client]":
 def opened_store(ctx: click.Context) -> "Iterator[tuple[Client, int]]":
     """Open the service's store while the block runs; yield client and handle.
 
-    That is the store of the system if root serves, else of the user who serves, as it is for
-    commands without ``--connect``.
-
     Raises:
         InvalidRequestError: the store has another hash than ``--hash`` says.
         CfsError: as for :meth:`cfs.client.Client.call`.
     """
     algorithm = find_global_options(ctx).algorithm
-    with connected(ctx) as client:
-        is_system = client.peer_uid == 0
-        with client.opened(user=not is_system or None, system=is_system or None) as store:
-            if algorithm is not None and store.hash_algorithm != algorithm.name.lower():
-                msg = f"the store uses {store.hash_algorithm}, not {algorithm.name.lower()}"
-                raise InvalidRequestError(msg)
-            yield client, store.handle
+    with connected(ctx) as client, default_store(client) as store:
+        if algorithm is not None and store.hash_algorithm != algorithm.name.lower():
+            msg = (
+                f"repository is configured for fsverity-{store.hash_algorithm}-12 but --hash "
+                f"{algorithm.name.lower()} was specified"
+            )
+            raise InvalidRequestError(msg)
+        yield client, store.handle
+
+
+def default_store(client: "Client") -> "AbstractContextManager[Opened]":
+    """Open the store that is meant if none is named: of the system if root serves, else his."""
+    is_system = client.peer_uid == 0
+    return client.opened(user=not is_system or None, system=is_system or None)

@@ -16,8 +16,8 @@ from cfs.cli.connect import connected, opened_store, refuse_parameters
 from cfs.cli.fuse_options import parse_items, read_items
 from cfs.cli.mount_options import parse_request
 from cfs.cli.mounts import check_targets, print_mounts
-from cfs.cli.report import describe, fail
-from cfs.client import Client
+from cfs.cli.report import describe, escape, fail
+from cfs.client import Client, VarlinkError
 from cfs.client.convert import encode, wire_fields
 from cfs.client.fuse import FuseMode, FuseMount, FuseParams, FuseState, FuseVerify
 from cfs.client.oci import OciFuseMount, OciMount
@@ -35,6 +35,7 @@ from cfs.linux.files import owned
 from cfs.linux.mounts import attach_mount, is_initial_user_namespace
 from cfs.mount import prepare_mountpoint
 from cfs.mounting.choice import FuseWish, MountRequest
+from cfs.service.fdstore import Notifier
 
 if TYPE_CHECKING:
     from cfs.fuse.options import ServeChoices
@@ -142,6 +143,8 @@ def umount(ctx: click.Context, *, lazy: bool, is_all: bool, mountpoints: tuple[s
                 found = _select(mounts, target or "")
                 client.call(Unmount(found.mount_id, lazy or None))
                 mounts.remove(found)
+            except VarlinkError as error:  # which knows numbers only
+                status = fail("Error", f"{escape(target or '')}: {describe(error)}")
             except (CfsError, OSError) as error:
                 status = fail("Error", describe(error))
     ctx.exit(status)
@@ -230,10 +233,13 @@ def _serve(ctx: click.Context, client: Client, call: FuseServe | OciFuseMount) -
         try:
             for reply in client.stream(call):
                 reply.close()
-                mount_id = reply.mount.mount_id
+                is_first, mount_id = mount_id is None, reply.mount.mount_id
+                if is_first and (notifier := Notifier.from_environment()):
+                    notifier.send("READY=1")
         except KeyboardInterrupt:  # that has closed the connection, which ends the mount
-            if mount_id is not None:
-                _await_end(ctx, mount_id)
+            if mount_id is None:
+                raise
+            _await_end(ctx, mount_id)
 
 
 @contextmanager

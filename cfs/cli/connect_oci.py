@@ -10,7 +10,6 @@ from cfs.cli.oci.images import check_document_choice, print_document, print_imag
 from cfs.cli.output import print_json
 from cfs.cli.report import escape
 from cfs.client.oci import Check, ComputeId, Inspect, ListImages, Tag, Untag, XattrFiltering
-from cfs.oci.fsck import OciReport
 from cfs.oci.reference import Reference
 from cfs.repository.findings import Report
 
@@ -60,11 +59,13 @@ def compute_id(
     """Print the digest of an image."""
     with opened_store(ctx) as (client, handle):
         call = ComputeId(handle, _show(reference), stream, bootable, _FILTERS[xattrs])
-        click.echo(client.call(call).image_id)
+        click.echo(escape(client.call(call).image_id))
 
 
 def fsck(ctx: click.Context, *, image: str | None, is_json: bool) -> None:
     """Have the store and its images checked."""
+    from cfs.oci.fsck import OciReport
+
     with opened_store(ctx) as (client, handle):
         reply = client.call(Check(handle, image))
     found = asdict(reply.repo)

@@ -8,6 +8,7 @@ import click
 from cfs.cli.collect import conclude, print_collection
 from cfs.cli.connect import connected, opened_store, refuse_parameters
 from cfs.cli.images import print_images
+from cfs.cli.report import escape
 from cfs.cli.repository import print_outcome
 from cfs.cli.strict import find_global_options
 from cfs.client.repository import (
@@ -21,7 +22,6 @@ from cfs.client.repository import (
 )
 from cfs.errors import InvalidRequestError
 from cfs.repository.findings import Report
-from cfs.repository.gc import Collection
 from cfs.repository.repository import Outcome
 
 __all__ = ["fsck", "gc", "image_objects", "images", "init"]
@@ -71,6 +71,8 @@ def gc(
     ctx: click.Context, *, roots: tuple[str, ...], dry_run: bool, remove_broken: bool, no_wait: bool
 ) -> None:
     """Have removed what no name needs."""
+    from cfs.repository.gc import Collection
+
     refuse_parameters(ctx, {"--remove-broken": remove_broken, "--no-wait": no_wait})
     with opened_store(ctx) as (client, handle):
         result = client.call(Gc(handle, dry_run=dry_run, roots=roots)).result
@@ -105,4 +107,4 @@ def image_objects(ctx: click.Context, *, name: str) -> None:
     """List the objects that an image needs."""
     with opened_store(ctx) as (client, handle):
         digests = client.call(ImageObjects(handle, name)).object_ids
-    click.echo("".join(f"{digest}\n" for digest in digests), nl=False)
+    click.echo("".join(f"{escape(digest)}\n" for digest in digests), nl=False)

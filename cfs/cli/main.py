@@ -7,10 +7,10 @@ import importlib
 import os
 import sys
 
-__all__ = ["main"]
+__all__ = ["TOOLS", "main"]
 
 _INTERRUPT_STATUS = 130
-_TOOLS = {
+TOOLS = {
     "mkcomposefs": "cfs.cli.mkcomposefs",
     "composefs-info": "cfs.cli.composefs_info",
     "mount.composefs": "cfs.cli.mount_composefs",
@@ -22,11 +22,11 @@ def main() -> int:
     """Run the tool that the program name or the first argument names; return its status."""
     arguments = sys.argv[1:]
     name = os.path.basename(sys.argv[0])
-    if name not in _TOOLS and arguments and arguments[0] in _TOOLS:
+    if name not in TOOLS and arguments and arguments[0] in TOOLS:
         name = arguments.pop(0)
     module = "cfs.cli.completion" if "COMPLETE" in os.environ else "cfs.cli.cfsctl"
     try:
-        status: int = importlib.import_module(_TOOLS.get(name, module)).run(arguments)
+        status: int = importlib.import_module(TOOLS.get(name, module)).run(arguments)
     except KeyboardInterrupt:  # while modules were imported
         return _INTERRUPT_STATUS
     return status

@@ -1,10 +1,14 @@
 """``cfsctl varlink`` and ``cfsctl oci varlink``: the service (spec cli-and-varlink b.1)."""
 
 import logging
+import os
 import signal
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -12,15 +16,19 @@ import click
 from cfs.cli.runtime import records_directory
 from cfs.cli.strict import StrictCommand, find_global_options
 from cfs.errors import InvalidRequestError
+from cfs.linux.address import parse_address
 from cfs.service.activation import STORED_PREFIX, Passed, find_socket, take_passed
 from cfs.service.listening import DEFAULT_MODE
 
 if TYPE_CHECKING:
+    from cfs.service.fdstore import Notifier
     from cfs.service.handles import StoreOptions
+    from cfs.service.server import Server
 
 __all__ = ["serve", "varlink"]
 
 _MAX_MODE = 0o777
+_JOIN_SECONDS = 1
 
 
 def _read_mode(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
@@ -39,8 +47,27 @@ def _read_mode(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
     return mode
 
 
+def _check_address(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Refuse what is no address.
+
+    Raises:
+        click.BadParameter: it is none.
+    """
+    try:
+        if value is not None:
+            parse_address(value)
+    except InvalidRequestError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
 @click.command(cls=StrictCommand)
-@click.option("--address", metavar="PATH", help="Make a socket there: a path, or unix:PATH.")
+@click.option(
+    "--address",
+    metavar="PATH",
+    callback=_check_address,
+    help="Make a socket there: a path, or unix:PATH.",
+)
 @click.option(
     "--socket-mode",
     metavar="MODE",
@@ -83,6 +110,7 @@ def serve(options: "StoreOptions", address: str | None = None, mode: int = DEFAU
     from cfs.service.server import Server
 
     logging.basicConfig(format="cfsctl: %(message)s")  # on stderr
+    threads = set(threading.enumerate())
     notifier = Notifier.from_environment()
     mounts = FuseMounts(notifier, records=records_directory())
     with ExitStack() as stack:
@@ -92,11 +120,29 @@ def serve(options: "StoreOptions", address: str | None = None, mode: int = DEFAU
         dispatcher = stack.enter_context(assembled(options, mounts))
         mounts.adopt(_find_stored(passed))
         server = Server(dispatcher, channel)
-        stack.enter_context(_calling(server.stop))
+        stack.enter_context(_calling(partial(_stop, server, notifier)))
         if notifier is not None:
             notifier.send("READY=1")
-            stack.callback(notifier.send, "STOPPING=1")
         server.serve()
+    if stuck := _join(set(threading.enumerate()) - threads):
+        # they wait for a file system that does not answer: only the process's end ends them
+        logging.getLogger(__name__).warning("%d calls did not end", stuck)
+        os._exit(0)
+
+
+def _join(threads: Collection[threading.Thread]) -> int:
+    """Wait a moment for threads that have nothing left to do; return how many do not end."""
+    deadline = time.monotonic() + _JOIN_SECONDS
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return sum(thread.is_alive() for thread in threads)
+
+
+def _stop(server: "Server", notifier: "Notifier | None") -> None:
+    """Have a service end; its manager learns it first, for calls and mounts take seconds to end."""
+    if notifier is not None:
+        notifier.send("STOPPING=1")
+    server.stop()
 
 
 def _find_stored(passed: Sequence[Passed]) -> dict[str, list[int]]:

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cfs.client.errors import ConnectionLostError
-from cfs.errors import InvalidRequestError
+from cfs.linux.address import SCHEME, parse_address
 from cfs.linux.sockets import short_name
 
 __all__ = ["SYSTEM_ADDRESS", "default_addresses", "new_socket", "socket_name", "unreachable"]
 
-SYSTEM_ADDRESS = "unix:/run/composefs/composefs.sock"
-_PREFIX = "unix:"
+SYSTEM_ADDRESS = f"{SCHEME}/run/composefs/composefs.sock"
 
 
 def default_addresses() -> list[str]:
     """Return where the units of systemd listen: the user's own first, for root the system's."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    own = [f"{_PREFIX}{runtime}/composefs/composefs.sock"] if os.path.isabs(runtime) else []
+    own = [f"{SCHEME}{runtime}/composefs/composefs.sock"] if os.path.isabs(runtime) else []
     return [SYSTEM_ADDRESS, *own] if os.geteuid() == 0 else [*own, SYSTEM_ADDRESS]
 
 
@@ -32,25 +31,17 @@ def socket_name(address: str) -> Iterator[str | bytes]:
     """Return the name to connect to, valid within the block.
 
     Args:
-        address: ``unix:PATH``, ``unix:@NAME`` for an abstract name, or a path; what follows a
-            semicolon is for the server.
+        address: as for :func:`cfs.linux.address.parse_address`.
 
     Raises:
-        InvalidRequestError: it is of another kind.
+        InvalidRequestError: it is none.
         OSError: the directory of a long path cannot be opened.
     """
-    scheme, colon, _ = address.partition(":")
-    if colon and scheme.isalnum() and scheme != "unix":
-        msg = f"address {address!r}: expected unix:PATH"
-        raise InvalidRequestError(msg)
-    path = address.removeprefix(_PREFIX).partition(";")[0]
-    if path in ("", "@") or "\0" in path:
-        msg = f"address {address!r}: expected unix:PATH"
-        raise InvalidRequestError(msg)
-    if path.startswith("@"):
-        yield b"\0" + os.fsencode(path[1:])
+    where = parse_address(address)
+    if where.is_abstract:
+        yield b"\0" + os.fsencode(where.name)
         return
-    with short_name(path) as name:
+    with short_name(where.name) as name:
         yield name
 
 

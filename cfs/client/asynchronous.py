@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Self, TypeVar
 
 from cfs.client.address import default_addresses, new_socket, socket_name, unreachable
+from cfs.client.blocking import GIVE_BACK_SECONDS
 from cfs.client.connection import Connection, Steps
 from cfs.client.errors import ConnectionLostError
 from cfs.client.methods import Method, Result
@@ -39,6 +40,7 @@ class AsyncClient:
         self._timeout = timeout
         self._connection: Connection | None = None
         self._turn = asyncio.Lock()
+        self._waiting: asyncio.Event | None = None  # of the one call under way
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -54,6 +56,7 @@ class AsyncClient:
             ConnectionLostError: nobody answers there.
             InvalidRequestError: it is no address.
         """
+        self.close()
         addresses = default_addresses() if self._address is None else [self._address]
         lost: list[ConnectionLostError] = []
         for address in addresses:
@@ -66,9 +69,16 @@ class AsyncClient:
         raise ConnectionLostError("; ".join(map(str, lost)))
 
     def close(self) -> None:
-        """Close the connection: ends what lasts as long as it, such as waiting for a mount."""
-        if self._connection is not None:
-            self._connection.close()
+        """Close the connection: ends what lasts as long as it, such as waiting for a mount.
+
+        A call under way in another task raises :class:`ConnectionLostError`.
+        """
+        if self._connection is None:
+            return
+        if self._waiting is not None:  # the event loop does not notice that the descriptor goes
+            self._stop_watching(self._connection.fd)
+            self._waiting.set()
+        self._connection.close()
 
     @property
     def peer_uid(self) -> int:
@@ -99,6 +109,7 @@ class AsyncClient:
         is_last = False
         try:
             while not is_last:
+                await asyncio.sleep(0)  # other tasks get their turn, however fast replies come
                 is_last = True  # after an error as well
                 reply, continues = await self._run(connection.next_reply(method))
                 is_last = not continues
@@ -117,7 +128,15 @@ class AsyncClient:
             yield opened
         finally:
             with suppress(CfsError):  # closed already, or the service has gone
-                await self.call(CloseRepository(opened.handle))
+                await self._give_back(CloseRepository(opened.handle))
+
+    async def _give_back(self, call: CloseRepository) -> None:
+        connection = self._connected()
+        if connection.is_free:
+            await self.call(call)
+        elif not connection.is_lost:
+            async with AsyncClient(self._address, timeout=GIVE_BACK_SECONDS) as other:
+                await other.send(call)
 
     def _connected(self) -> Connection:
         if self._connection is None:
@@ -139,10 +158,10 @@ class AsyncClient:
 
     async def _wait(self, event: int) -> None:
         loop = asyncio.get_running_loop()
-        fd = self._connected().fd
-        ready = asyncio.Event()
-        is_reading = event == select.POLLIN
-        (loop.add_reader if is_reading else loop.add_writer)(fd, ready.set)
+        connection = self._connected()
+        self._waiting = ready = asyncio.Event()
+        watch = loop.add_reader if event == select.POLLIN else loop.add_writer
+        watch(connection.fd, ready.set)
         try:
             async with asyncio.timeout(self._timeout):
                 await ready.wait()
@@ -150,7 +169,18 @@ class AsyncClient:
             msg = f"the service was silent for {self._timeout} seconds"
             raise ConnectionLostError(msg) from None
         finally:
-            (loop.remove_reader if is_reading else loop.remove_writer)(fd)
+            self._waiting = None
+            self._stop_watching(connection.fd)
+        if connection.fd < 0:
+            msg = "the connection to the service was closed"
+            raise ConnectionLostError(msg)
+
+    @staticmethod
+    def _stop_watching(fd: int) -> None:
+        if fd >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(fd)
+            loop.remove_writer(fd)
 
 
 async def _connect_to(address: str, timeout: float | None) -> socket.socket:

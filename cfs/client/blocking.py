@@ -13,7 +13,9 @@ from cfs.client.methods import Method, Result
 from cfs.client.repository import CloseRepository, Opened, OpenRepository
 from cfs.errors import CfsError
 
-__all__ = ["Client"]
+__all__ = ["GIVE_BACK_SECONDS", "Client"]
+
+GIVE_BACK_SECONDS = 5.0
 
 _R = TypeVar("_R", bound=Result)
 _T = TypeVar("_T")
@@ -38,6 +40,7 @@ class Client:
     def __init__(
         self, address: str | socket.socket | None = None, *, timeout: float | None = None
     ) -> None:
+        self._address = address
         self._timeout = timeout
         if not isinstance(address, socket.socket):
             address = _connect(address, timeout)
@@ -98,6 +101,8 @@ class Client:
     ) -> Iterator[Opened]:
         """Open a store while the block runs; arguments as for :class:`OpenRepository`.
 
+        If a call in the block closes the connection, the store is closed by another one.
+
         Raises:
             RepoNotFoundError: there is none that can be opened.
             CfsError: as for :meth:`call`.
@@ -107,7 +112,15 @@ class Client:
             yield opened
         finally:
             with suppress(CfsError):  # closed already, or the service has gone
-                self.call(CloseRepository(opened.handle))
+                self._give_back(CloseRepository(opened.handle))
+
+    def _give_back(self, call: CloseRepository) -> None:
+        """Close a store, which outlives its connection: on this one, or on a new one."""
+        if self._connection.is_free:
+            self.call(call)
+        elif not (self._connection.is_lost or isinstance(self._address, socket.socket)):
+            with Client(self._address, timeout=GIVE_BACK_SECONDS) as other:
+                other.send(call)
 
     def _run(self, steps: Steps[_T]) -> _T:
         try:

@@ -33,6 +33,9 @@ class Connection:
 
     Args:
         channel: connected; owned from now on.
+
+    Attributes:
+        is_lost: the service has closed it.
     """
 
     def __init__(self, channel: socket.socket) -> None:
@@ -40,6 +43,12 @@ class Connection:
         self._reader = MessageReader(channel, _MAX_REPLY_SIZE)
         self._writer = MessageWriter(channel)
         self._is_streaming = False
+        self.is_lost = False
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is open, and takes a call."""
+        return self.fd >= 0 and not self._is_streaming
 
     @property
     def fd(self) -> int:
@@ -139,6 +148,7 @@ class Connection:
             try:
                 message = self._reader.read()
             except (EndOfMessages, ConnectionResetError):
+                self.is_lost = True
                 msg = "the service has closed the connection"
                 raise ConnectionLostError(msg) from None
             except FormatError as error:

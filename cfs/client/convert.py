@@ -4,7 +4,6 @@ A field annotated with ``X | None`` may be missing or null, and is not sent whil
 a reply has besides the fields is ignored, so that newer services can add to it.
 """
 
-import json
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -13,6 +12,8 @@ from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cfs.client.errors import InvalidReplyError
+from cfs.errors import FormatError
+from cfs.messages import decode_object, decoding_cost
 
 __all__ = ["LOCAL", "decode", "encode", "parse_object", "wire_fields"]
 
@@ -20,6 +21,8 @@ LOCAL = {"local": True}
 """Metadata of a field that is no parameter."""
 
 _MAX_INT = (1 << 64) - 1
+_MAX_VALUES = 1 << 21  # the longest list of objects that a message can hold has fewer
+_SHOWN_SIZE = 64
 _T = TypeVar("_T")
 
 
@@ -94,20 +97,22 @@ def _decode_object(kind: Any, value: object, where: str) -> Any:
 
 
 def _wrong(where: str, expected: str, value: object) -> InvalidReplyError:
-    return InvalidReplyError(f"{where} is {str(value)[:64]!r}: expected {expected}")
+    """Return the error; what holds other values, however many, is only named."""
+    shown = "an object" if isinstance(value, Mapping) else "an array"
+    if not isinstance(value, Mapping | list):
+        shown = repr(value if isinstance(value, str) else str(value))[:_SHOWN_SIZE]
+    return InvalidReplyError(f"{where} is {shown}: expected {expected}")
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """Return the JSON object of a message.
 
     Raises:
-        InvalidReplyError: it is anything else.
+        InvalidReplyError: it is anything else, or has more values than any reply.
     """
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        msg = "the service sent what is no JSON object"
-        raise InvalidReplyError(msg)
-    return found
+        decoding_cost(data, _MAX_VALUES)
+        return decode_object(data)
+    except FormatError as error:
+        msg = f"the service sent what is no reply: {error}"
+        raise InvalidReplyError(msg) from None

@@ -12,6 +12,7 @@ __all__ = [
     "DiffIdMismatchError",
     "FdLimitExceededError",
     "FuseUnavailableError",
+    "InterfaceNotFoundError",
     "InternalError",
     "InvalidDigestError",
     "InvalidHandleError",
@@ -46,31 +47,37 @@ class InvalidReplyError(CfsError):
 class VarlinkError(CfsError):
     """The service refused a call, or the call failed there.
 
+    Its text is meant for people; what it is, say its class and:
+
     Attributes:
         name: with its interface, ``org.composefs.Repository.NoSuchRef``.
         parameters: of the error, as they came.
     """
 
     kind: ClassVar[str] = ""
+    text: ClassVar[str] = "{message}"  # with the parameters that the interfaces declare
 
     def __init__(self, name: str, parameters: Mapping[str, Any]) -> None:
         self.name = name
         self.parameters = dict(parameters)
-        super().__init__(_describe(name, self.parameters))
+        super().__init__(self._describe())
 
+    def _describe(self) -> str:
+        """Return one line."""
+        kind = self.name.rpartition(".")[2]
+        try:
+            text = self._fill(kind)
+        except RecursionError:  # arrays in arrays
+            text = ""
+        return (text if len(text) <= _MAX_TEXT_SIZE else text[:_MAX_TEXT_SIZE] + "…") or kind
 
-def _describe(name: str, parameters: Mapping[str, Any]) -> str:
-    """Return one line."""
-    kind = name.rpartition(".")[2]
-    if isinstance(message := parameters.get("message"), str):
-        text = message
-    else:
-        text = ", ".join(
-            f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in parameters.items()
-        )
-    if len(text) > _MAX_TEXT_SIZE:
-        text = text[:_MAX_TEXT_SIZE] + "…"
-    return f"{kind}: {text}" if text else kind
+    def _fill(self, kind: str) -> str:
+        """Return the text, or name and parameters if these are others than declared."""
+        try:
+            return self.text.format_map(self.parameters)
+        except KeyError:
+            values = json.dumps(self.parameters, ensure_ascii=False) if self.parameters else ""
+            return f"{kind} {values}".rstrip()
 
 
 class RepoNotFoundError(VarlinkError):
@@ -83,6 +90,7 @@ class InvalidHandleError(VarlinkError):
     """No open store of ours has this handle."""
 
     kind = "InvalidHandle"
+    text = "no open store has handle {handle}"
 
 
 class InvalidSpecError(VarlinkError):
@@ -101,18 +109,21 @@ class NoSuchRefError(VarlinkError):
     """The store has no image of this name."""
 
     kind = "NoSuchRef"
+    text = "image not found: {reference}"
 
 
 class NoSuchImageError(VarlinkError):
     """There is no such tag or manifest."""
 
     kind = "NoSuchImage"
+    text = "no such image: {image}"
 
 
 class NoSuchLayerError(VarlinkError):
     """The layer is not in the store."""
 
     kind = "NoSuchLayer"
+    text = "Layer {diff_id} not found"
 
 
 class InvalidDigestError(VarlinkError):
@@ -125,18 +136,24 @@ class DiffIdMismatchError(VarlinkError):
     """The data sent is not the layer that was announced."""
 
     kind = "DiffIdMismatch"
+    text = "layer integrity failed: expected {expected}, got {actual}"
 
 
 class FdLimitExceededError(VarlinkError):
     """The descriptors of a layer do not fit into one reply."""
 
     kind = "FdLimitExceeded"
+    text = "{fd_count} descriptors: a reply takes {max_per_frame}"
 
 
 class BootImageMismatchError(VarlinkError):
     """No boot image has the digest that was expected."""
 
     kind = "BootImageMismatch"
+    text = (
+        "No boot image configuration matched expected digest {expected} "
+        "(tried {tried} mode/version combinations)"
+    )
 
 
 class FuseUnavailableError(VarlinkError):
@@ -155,12 +172,14 @@ class NoSuchMountError(VarlinkError):
     """No FUSE mount of ours has this number."""
 
     kind = "NoSuchMount"
+    text = "no mount has number {mount_id}"
 
 
 class MountBusyError(VarlinkError):
     """The mount is in use."""
 
     kind = "MountBusy"
+    text = "mount {mount_id} is in use"
 
 
 class InternalError(VarlinkError):
@@ -173,18 +192,28 @@ class PermissionDeniedError(VarlinkError):
     """The service does not do this for us."""
 
     kind = "PermissionDenied"
+    text = "the service does not let this user do that"
 
 
 class MethodNotFoundError(VarlinkError):
     """The service has no such method; composefs-rs 0.9 closes the connection instead."""
 
     kind = "MethodNotFound"
+    text = "the service has no method {method}"
+
+
+class InterfaceNotFoundError(VarlinkError):
+    """It is another service, or an older one."""
+
+    kind = "InterfaceNotFound"
+    text = "the service has no interface {interface}"
 
 
 class InvalidParameterError(VarlinkError):
     """A parameter is missing or of the wrong kind."""
 
     kind = "InvalidParameter"
+    text = "the service does not take this value of {parameter}"
 
 
 _CLASSES = {each.kind: each for each in VarlinkError.__subclasses__()}

@@ -8,9 +8,10 @@ import signal
 import socket
 from contextlib import suppress
 
-from cfs.fuse.handover import last_word
+from cfs.fuse.handover import channel_pair, last_word
+from cfs.fuse.mounts import Mount
 
-__all__ = ["AdoptedProcess"]
+__all__ = ["AdoptedProcess", "clear_away"]
 
 
 class AdoptedProcess:
@@ -18,7 +19,7 @@ class AdoptedProcess:
 
     Args:
         pid: its number.
-        pidfd: of it; borrowed, open as long as this is used.
+        pidfd: of it; borrowed, open as long as this is used.  -1: it has ended.
         channel: to it; borrowed.
 
     Attributes:
@@ -59,6 +60,25 @@ class AdoptedProcess:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _has_ended(self, seconds: float | None) -> bool:
+        if self._pidfd < 0:
+            return True
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+
+def clear_away(mountpoint: str, device: int, pid: int, state_fd: int) -> None:
+    """Take away what a supervisor left that died unseen: a dead mount, a session of its own.
+
+    Args:
+        mountpoint: without symlinks.
+        device: device number.
+        pid: of the supervisor.
+        state_fd: memfd of the statistics, ours from now on, or -1.
+
+    Raises:
+        MountError: it cannot be unmounted.
+    """
+    channel, theirs = channel_pair()
+    theirs.close()
+    Mount(mountpoint, device, AdoptedProcess(pid, -1, channel), channel, state_fd).unmount()

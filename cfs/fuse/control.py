@@ -20,7 +20,6 @@ from cfs.fuse.choices import Verify
 from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover
 from cfs.fuse.operations import VectorOperations
 from cfs.fuse.shared import attach
-from cfs.fuse.unservable import ServeError, format_line
 from cfs.linux.traces import remove_traces
 from cfs.mount import detach
 
@@ -139,17 +138,8 @@ class _Control:
 
         A socket cannot tell pyfuse3 that the mount has ended (spec fuse-data-plane 1).
         """
-        from cfs.fuse.dataplane import Event  # noqa: PLC0415 - workers=0 needs no extension
+        from cfs.fuse.standby import has_ended  # noqa: PLC0415 - workers=0 needs no extension
 
-        events = Event.LOG
-        while True:
-            for entry in plane.log_entries():
-                error = ServeError(entry.reason.name, entry.object, entry.error, entry.value)
-                _log.warning("%s", format_line(entry.nid, error))
-            if events & (Event.ENDED | Event.FAILED):
-                break
+        while not has_ended(plane):
             await trio.lowlevel.wait_readable(plane.event_fd)
-            events = plane.events()
-        if events & Event.FAILED:
-            raise MountError(plane.failure())
         pyfuse3.terminate()

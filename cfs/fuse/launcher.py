@@ -23,10 +23,10 @@ from cfs.linux.fusedev import clone_device, raise_readahead
 from cfs.linux.traces import Trace
 from cfs.mount import FuseMount, Place, detach, prepare_mountpoint
 
-__all__ = ["Launcher", "serve", "start"]
+__all__ = ["START_SECONDS", "Launcher", "serve", "start"]
 
 StrPath = str | os.PathLike[str]
-_START_SECONDS = 60
+START_SECONDS = 60.0
 _END_SECONDS = 5
 
 
@@ -45,6 +45,7 @@ class Launcher:
         options: how to serve.
         background: give the processes no standard streams.
         user: in whose name objects are read; None: our own.
+        patience: seconds until they have to serve.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Launcher:
         *,
         background: bool = False,
         user: User | None = None,
+        patience: float = START_SECONDS,
     ) -> None:
         self._options = options
+        self._patience = patience
         self._verify = options.verify or Verify.OFF
         self._nr_workers = _count_workers(options)
         if not self._nr_workers and options.passthrough is Passthrough.ON:
@@ -214,11 +217,11 @@ class Launcher:
 
     def _wait_until_serving(self) -> None:
         """Wait for the word of the processes; their death is a failure too."""
-        self._channel.settimeout(_START_SECONDS)
+        self._channel.settimeout(self._patience)
         try:
             message = self._channel.recv(MESSAGE_SIZE)
         except TimeoutError:
-            message = f"failed: did not serve within {_START_SECONDS} s".encode()
+            message = f"failed: did not serve within {self._patience:g} s".encode()
         except ConnectionResetError:
             message = b""
         self._channel.settimeout(None)

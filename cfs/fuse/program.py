@@ -1,22 +1,20 @@
 """Start supervisor or session: programs of their own, started with exec.
 
-Without ``site`` and environment (``-I -S``) an interpreter starts in 10 ms; where modules are, its
-starter tells it.
+At their end nothing is worth the time to take it apart: somebody waits for that.
 """
 
 import os
 import socket
 import subprocess
-import sys
 from typing import NamedTuple
+
+from cfs.linux.interpreter import command
 
 __all__ = ["User", "spawn"]
 
 _MAIN = """
-import sys
-sys.path += sys.argv[4:]
 from cfs.fuse.{name} import main
-sys.exit(main(int(sys.argv[1]), sys.argv[3], has_workers=sys.argv[2] == "workers"))
+os._exit(main(int(sys.argv[1]), sys.argv[3], has_workers=sys.argv[2] == "workers"))
 """
 
 
@@ -74,13 +72,10 @@ def spawn(
         user: in whose name objects are read: a session becomes that user when it has loaded its
             modules, a supervisor tells its sessions.
     """
-    # cfs may be where a finder of the starter knows it; "" is not where we want modules from
-    places = [os.path.dirname(__file__) + "/../..", *(path for path in sys.path if path)]
-    paths = list(dict.fromkeys(os.path.abspath(path) for path in places))
     words = [str(channel.fileno()), "workers" if has_workers else "reference"]
-    words += ["" if user is None else user.encode(), *paths]
+    words.append("" if user is None else user.encode())
     return subprocess.Popen(  # noqa: S603 - our own program
-        [sys.executable, "-I", "-S", "-c", _MAIN.format(name=name), *words],
+        command(_MAIN.format(name=name), *words),
         pass_fds=[channel.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

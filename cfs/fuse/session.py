@@ -4,7 +4,7 @@ It gets descriptors only, from ``handover``, and opens no path; the mount point 
 take the mount down at the end.  Status 0: the mount has ended, or its starter has gone; 1: failed.
 
 With workers the threads of the data plane answer the kernel; pyfuse3, on a socket to them, gets
-what is left, and is imported when they serve already.  Without, pyfuse3 reads the device itself.
+what is left, and is imported when there is something.  Without, pyfuse3 reads the device itself.
 Signals are blocked until the trio loop of :mod:`cfs.fuse.control` takes them, so in the threads
 of the data plane they stay blocked for ever.
 """
@@ -44,7 +44,7 @@ def main(channel_fd: int, user: str, *, has_workers: bool) -> int:
         try:
             _raise_descriptor_limit()
             # what takes its time is loaded while the starter still reads the image
-            importlib.import_module("cfs.fuse.dataplane" if has_workers else "cfs.fuse.control")
+            importlib.import_module("cfs.fuse.standby" if has_workers else "cfs.fuse.control")
             if user:
                 _become(user)
             handover = receive(channel)
@@ -90,7 +90,9 @@ def _control(
 
 
 def _serve_with_workers(handover: Handover, channel: socket.socket) -> None:
-    from cfs.fuse.dataplane import DataPlane, read_statistics  # noqa: PLC0415 - not if workers=0
+    # not if workers=0
+    from cfs.fuse.dataplane import DataPlane, read_statistics  # noqa: PLC0415
+    from cfs.fuse.standby import wait_for_work  # noqa: PLC0415
 
     if importlib.util.find_spec("pyfuse3") is None:
         msg = "pyfuse3 is not installed"
@@ -122,7 +124,11 @@ def _serve_with_workers(handover: Handover, channel: socket.socket) -> None:
                     plane.end_pushes()
                 with suppress(BrokenPipeError):
                     channel.send(b"serving")
-                _control(handover, channel, os.dup(control.fileno()), plane)
+                needed: Handover | None = handover
+                if handover.is_supervised:
+                    needed = wait_for_work(plane, channel, control, handover)
+                if needed is not None:
+                    _control(needed, channel, os.dup(control.fileno()), plane)
 
 
 def _name_witness(channel: socket.socket) -> None:

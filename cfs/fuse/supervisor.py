@@ -29,11 +29,11 @@ from cfs.errors import CfsError
 from cfs.fuse.deaths import Deaths, describe_status
 from cfs.fuse.handover import MESSAGE_SIZE, SIGNALS, Handover, channel_pair, receive, send
 from cfs.fuse.program import User, spawn
+from cfs.fuse.unservable import print_line
 from cfs.linux.traces import remove_traces
 
 __all__ = ["main"]
 
-_STDERR = 2
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9, as resending
 _EXIT_SECONDS = 0.05  # between the end of a thread and that of its process
 _KILL_SECONDS = 0.3
@@ -72,11 +72,6 @@ def _signal_pipe(stack: ExitStack) -> socket.socket:
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     return reader
-
-
-def _print(text: str) -> None:
-    with suppress(OSError):  # whoever read it has gone
-        os.write(_STDERR, f"{text}\n".encode(errors="surrogateescape"))
 
 
 class _Session:
@@ -232,7 +227,7 @@ class _Supervisor:
             self._is_serving = True
         elif message.startswith(b"failed: "):
             if self._is_serving:
-                _print(f"session: {message.decode(errors='replace').removeprefix('failed: ')}")
+                print_line(f"session: {message.decode(errors='replace').removeprefix('failed: ')}")
             else:
                 self._tell(message)
                 self._status = 1
@@ -271,7 +266,7 @@ class _Supervisor:
             elif self._handover.has_workers:
                 from cfs.fuse.statistics import describe_state  # noqa: PLC0415 - rarely
 
-                _print(describe_state(self._handover.state))
+                print_line(describe_state(self._handover.state))
 
     def _end(self) -> None:
         """Take the mount down; after the grace period end, which aborts what still uses it."""
@@ -293,7 +288,7 @@ class _Supervisor:
             detach(self._handover.mountpoint, self._handover.device)
             self._is_detached = True
         except CfsError as error:
-            _print(f"supervisor: {error}")
+            print_line(f"supervisor: {error}")
 
     def _part_with(self, session: _Session) -> None:
         """Go on without a session whose witness has ended."""
@@ -311,7 +306,7 @@ class _Supervisor:
         except OSError as error:
             mountpoint = self._handover.mountpoint
             reason = f"session of {mountpoint} died, cannot start another: {error.strerror}"
-            _print(f"supervisor: {reason}")
+            print_line(f"supervisor: {reason}")
             self._tell(f"failed: {reason}".encode(errors="replace"))
             self._status = 1
             return
@@ -336,7 +331,7 @@ class _Supervisor:
             return
         text = f"session of {self._handover.mountpoint} {describe_status(status)}: {reason}"
         if self._is_serving:
-            _print(f"supervisor: {text}")
+            print_line(f"supervisor: {text}")
         self._tell(f"failed: {text}".encode(errors="replace"))
         self._status = 1
 

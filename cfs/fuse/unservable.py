@@ -5,10 +5,13 @@ whose names are the keys) or the reference operations did.
 """
 
 import os
+from contextlib import suppress
 
 from cfs.errors import CfsError
 
-__all__ = ["ServeError", "format_line"]
+__all__ = ["ServeError", "format_line", "print_line"]
+
+_STDERR = 2
 
 _TEXTS = {
     "NO_OBJECT": "file has a size but no object",
@@ -35,3 +38,9 @@ class ServeError(CfsError):
 def format_line(nid: int, error: ServeError) -> str:
     """Return the line for the log, without its end."""
     return f"nid {nid}: {error}".replace("\n", "\\n")
+
+
+def print_line(text: str) -> None:
+    """Print to standard error, unless whoever read that has gone."""
+    with suppress(OSError):
+        os.write(_STDERR, f"{text}\n".encode(errors="surrogateescape"))

@@ -16,7 +16,7 @@ from typing import Self
 from cfs.errors import UnsupportedError
 from cfs.linux.libc import libc
 
-__all__ = ["Credentials", "acting_as"]
+__all__ = ["Credentials", "acting_as", "is_acting"]
 
 # the C library's setgroups(3) changes all threads; numbers of the system call on 64 bit
 _SYS_SETGROUPS = {
@@ -94,6 +94,11 @@ def acting_as(credentials: Credentials) -> Iterator[None]:
         yield
     finally:
         _apply(before)
+
+
+def is_acting() -> bool:
+    """Whether the calling thread uses files as another user than that of the process."""
+    return _set_id("setfsuid", _QUERY) != os.geteuid()
 
 
 def _apply(credentials: Credentials) -> None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from enum import IntFlag
 
 from cfs.errors import UnsupportedError
+from cfs.linux.credentials import is_acting
 from cfs.linux.libc import libc
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "is_on_overlay",
     "link_unnamed",
     "naming",
+    "open_path",
     "open_unnamed",
     "openat2",
     "owned",
@@ -37,6 +39,7 @@ __all__ = [
 FICLONE = 0x40049409
 _SYS_OPENAT2 = 437  # the same on every architecture that Debian supports
 _NR_RETRIES = 64
+_AT_FDCWD = -100
 _COPY_SIZE = 1 << 20
 _RENAME_NOREPLACE = 1
 _STATFS_SIZE = 256  # more than struct statfs of any architecture
@@ -122,6 +125,31 @@ def openat2(
         msg = "the kernel has no openat2: expected Linux 5.6 or later"
         raise UnsupportedError(msg)
     raise OSError(reason, os.strerror(reason), os.fsdecode(path))
+
+
+def open_path(path: bytes | str, flags: int, *, dir_fd: int | None = None) -> int:
+    """Open a path that somebody gives, or that may have links which somebody has made.
+
+    For a thread that acts as another user, ``/proc/self/fd`` and the like lead nowhere: what this
+    process has open or has as its working directory may be where that user could not go.
+
+    Args:
+        path: what to open.
+        flags: as for :func:`openat2`.
+        dir_fd: directory that a relative path begins in, in place of the working directory.
+
+    Raises:
+        PermissionError: who acts as another user has to give an absolute path.
+        OSError: ``ELOOP`` for such links, else as open(2).
+    """
+    if not is_acting():
+        return os.open(path, flags | os.O_CLOEXEC, dir_fd=dir_fd)
+    with naming(path):
+        raw = os.fsencode(path)
+        if dir_fd is None and raw and not raw.startswith(b"/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        start = _AT_FDCWD if dir_fd is None else dir_fd
+        return openat2(start, raw, flags, resolve=Resolve.NO_MAGICLINKS)
 
 
 def open_unnamed(dir_fd: int, mode: int) -> int:

@@ -20,6 +20,9 @@ __all__ = ["MAX_FDS", "EndOfMessages", "Message", "MessageReader", "MessageWrite
 
 MAX_FDS = 253  # SCM_MAX_FD of the kernel
 _PIECE_SIZE = 1 << 16
+# put together once: each | of such flags takes as long as a system call
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+_SEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class Message(NamedTuple):
@@ -73,6 +76,11 @@ class MessageReader:
         """Bytes held of a message that is not complete."""
         return len(self._data)
 
+    @property
+    def nr_fds(self) -> int:
+        """Descriptors held of a message that is not complete."""
+        return len(self._fds)
+
     def read(self) -> Message | None:
         """Return the next message; None: its rest is not there yet.
 
@@ -98,7 +106,7 @@ class MessageReader:
 
     def _peek(self) -> bytes:
         """Return what is there, up to the end of the message."""
-        seen = self._channel.recv(_PIECE_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        seen = self._channel.recv(_PIECE_SIZE, _PEEK)
         if not seen:
             raise EndOfMessages(is_within=bool(self._data))
         end = seen.find(b"\0") + 1
@@ -159,13 +167,13 @@ class MessageWriter:
         Raises:
             OSError: as sendmsg(2).
         """
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", self._fds))]
         try:
             while self._rest:
-                sent = self._channel.sendmsg([self._rest], rights if self._fds else [], flags)
+                sent = self._channel.sendmsg([self._rest], rights if self._fds else [], _SEND)
                 self._rest = self._rest[sent:]
                 self._fds = ()
         except BlockingIOError:
             return False
+        self._rest = memoryview(b"")  # what is left of a slice keeps all of the message
         return True

@@ -73,4 +73,6 @@ def _parse_line(line: bytes) -> MountEntry:
 
 
 def _unescaped(text: bytes) -> bytes:
+    if b"\\" not in text:  # as nearly always
+        return text
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text)

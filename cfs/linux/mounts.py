@@ -202,29 +202,62 @@ def mount_device(fd: int) -> int:
     return os.makedev(*_STATX_DEVICE.unpack_from(result))
 
 
-def detach_mount(path: str) -> None:
+def detach_mount(path: str, device: int | None = None) -> None:
     """Take the topmost mount at ``path`` out of the tree; its users may finish.
 
+    Args:
+        path: without symlinks.
+        device: device number of the mount that is meant; None: whichever is there.
+
     Raises:
-        OSError: ``ELOOP``: there is a symlink on the way; else as umount2(2).
+        OSError: ``ELOOP``: there is a symlink on the way; ``ESTALE``: another mount is there; else
+            as umount2(2).
     """
-    _unmount(path, _MNT_DETACH)
+    with _pinned(path) as place:
+        if device is None:
+            _unmount(place, _MNT_DETACH | _UMOUNT_NOFOLLOW, path)
+        else:
+            with _opened_mount(place, device, path) as fd:  # this one, whatever comes upon it
+                _unmount(b"/proc/self/fd/%d" % fd, _MNT_DETACH, path)
 
 
-def unmount(path: str) -> None:
+def unmount(path: str, device: int | None = None) -> None:
     """Take the topmost mount at ``path`` out of the tree, unless it is in use.
 
+    Args:
+        path: without symlinks.
+        device: as for :func:`detach_mount`.
+
     Raises:
-        OSError: ``EBUSY``; ``ELOOP``: there is a symlink on the way; else as umount2(2).
+        OSError: ``EBUSY``; else as :func:`detach_mount`.
     """
-    _unmount(path, 0)
-
-
-def _unmount(path: str, flags: int) -> None:
     with _pinned(path) as place:
-        if libc().umount2(place, flags | _UMOUNT_NOFOLLOW):
-            reason = ctypes.get_errno()
-            raise OSError(reason, os.strerror(reason), path)
+        if device is not None:
+            with _opened_mount(place, device, path):
+                pass  # open, it would be in use
+        _unmount(place, _UMOUNT_NOFOLLOW, path)
+
+
+def _unmount(place: bytes, flags: int, path: str) -> None:
+    if libc().umount2(place, flags):
+        reason = ctypes.get_errno()
+        raise OSError(reason, os.strerror(reason), path)
+
+
+@contextmanager
+def _opened_mount(place: bytes, device: int, path: str) -> Iterator[int]:
+    """Open the root of a mount, which is asked nothing, so a dead one can be opened too.
+
+    Raises:
+        OSError: ``ESTALE``: another mount is there.
+    """
+    fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if mount_device(fd) != device:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cfs.errors import UnsupportedError
 from cfs.fuse import Launcher
+from cfs.fuse.launcher import START_SECONDS
 from cfs.fuse.mounts import GRACE_SECONDS, Mount
 from cfs.fuse.options import Passthrough, ServeOptions, Verify
 from cfs.fuse.program import User
@@ -45,11 +46,13 @@ class Behalf:
         user: in whose name objects are read; None: our own.
         spawning: gives the thread the right to start processes.
         mounting: gives it the right to mount.
+        patience: seconds until the user's processes have to serve.
     """
 
     user: User | None = None
     spawning: Rights = nullcontext
     mounting: Rights = nullcontext
+    patience: float = START_SECONDS
 
 
 OURSELVES = Behalf()
@@ -87,7 +90,9 @@ def serve_image(
     """
     options = _suited(options, repository)
     with behalf.spawning():
-        launcher = Launcher(options, background=background, user=behalf.user)
+        launcher = Launcher(
+            options, background=background, user=behalf.user, patience=behalf.patience
+        )
     with launcher, ExitStack() as stack:
         from cfs.erofs import load_image  # noqa: PLC0415 - the server starts while we load numpy
         from cfs.repository.images import open_image  # noqa: PLC0415
@@ -142,7 +147,9 @@ def serve_file(
     options = _suited(options, repository)
     name = str(path) if name is None else name
     with behalf.spawning():
-        launcher = Launcher(options, background=background, user=behalf.user)
+        launcher = Launcher(
+            options, background=background, user=behalf.user, patience=behalf.patience
+        )
     with launcher, ExitStack() as stack:
         from cfs.erofs import load_image, open_image  # noqa: PLC0415 - see above
 

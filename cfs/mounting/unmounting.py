@@ -69,7 +69,7 @@ def unmount(mount: ServedMount, *, lazy: bool = False) -> None:
         detach(mountpoint, mount.entry.device)
         return
     try:
-        unmount_path(mountpoint)
+        unmount_path(mountpoint, mount.entry.device)
     except PermissionError:
         fusermount_unmount(mountpoint)
     except OSError as error:

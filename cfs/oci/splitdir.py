@@ -27,6 +27,7 @@ __all__ = [
 
 MAX_CONTENTS_SIZE = 256 << 20
 _MAX_NAME_SIZE = 4096
+_MAX_EMPTY = 1 << 16  # of empty files and of nothing; /dev/zero has no end
 _HEAD = struct.Struct("<BI")
 _SIZE = struct.Struct("<I")
 _FILE = struct.Struct("<QII")
@@ -99,18 +100,23 @@ def read_chunks(stream: BinaryIO) -> Iterator[Chunk]:
         FormatError: the stream is broken; what comes before was given.
         OSError: it cannot be read.
     """
+    nr_empty = 0
     while kind := stream.read(1):
+        size = _read_size(stream) if kind[0] in (_Type.INLINE, _Type.CONTENTS) else 1
+        nr_empty = 0 if size else nr_empty + 1
+        if nr_empty > _MAX_EMPTY:
+            msg = f"splitdirfdstream: more than {_MAX_EMPTY} empty chunks in a row"
+            raise FormatError(msg)
         if kind[0] == _Type.FILE:
             yield _read_file(stream)
         elif kind[0] == _Type.CONTENTS:
-            size = _read_size(stream)
             pieces = _read_pieces(stream, size)
             yield Contents(size, pieces)
             for _ in pieces:  # nobody wanted them
                 pass
         elif kind[0] == _Type.INLINE:
             # long ones come as several: the writer of the stream joins them again
-            yield from map(Inline, _read_pieces(stream, _read_size(stream)))
+            yield from map(Inline, _read_pieces(stream, size))
         else:
             msg = f"splitdirfdstream: chunk type {kind[0]}: expected 0, 1 or 2"
             raise FormatError(msg)

@@ -4,13 +4,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
 
 from cfs.digest import Algorithm
 from cfs.errors import ConflictError, InvalidRequestError, NotFoundError, explaining
+from cfs.linux.files import naming, open_path, owned
 from cfs.repository.locks import LockedDirectory
 from cfs.repository.metadata import Metadata, format_algorithm
 from cfs.repository.metafile import NAME, create_metadata, read_metadata
@@ -21,6 +22,7 @@ __all__ = ["InitResult", "Outcome", "init"]
 
 _STORE_MODE = 0o700
 _PARENT_MODE = 0o755
+_OPEN_PARENT = os.O_PATH | os.O_DIRECTORY
 
 
 class Outcome(Enum):
@@ -49,6 +51,7 @@ def init(
     erofs_version: int,
     ensure: bool = False,
     reset: bool = False,
+    wait: bool = True,
 ) -> InitResult:
     """Make a store, or check that the one that is there is like that.
 
@@ -63,9 +66,11 @@ def init(
         erofs_version: format of images: 0, 1 or 2.
         ensure: leave a store as it is, if it has that algorithm; convert an old one.
         reset: begin anew: remove all names, whoever uses them; objects stay.
+        wait: wait for a collection, as long as it takes.
 
     Raises:
         InvalidRequestError: ``path`` is empty.
+        BusyError: somebody collects or wants to, and ``wait`` is false.
         ConflictError: there is a store, and it is different.
         UnsupportedError: there is no fs-verity, which ``is_secure`` demands.
         FormatError: ``meta.json`` is broken.
@@ -79,7 +84,7 @@ def init(
     begin = _reset if reset else _init
     # PurePath: "store/." and "store//" are "store", and no parent of it
     with _directories(str(PurePath(path))), explaining(f"{doing} repository at {path}"):
-        directory = LockedDirectory.open(path)
+        directory = LockedDirectory.open(path, wait=wait)
         try:
             return begin(directory.fd, wanted, is_secure=is_secure, ensure=ensure)
         finally:
@@ -94,19 +99,24 @@ def _directories(path: str) -> Iterator[None]:
     while current and not os.path.isdir(current):
         missing.append(current)
         current = os.path.dirname(current)
-    made: list[str] = []
-    try:
-        for directory in reversed(missing):
-            mode = _STORE_MODE if directory == path else _PARENT_MODE
-            with suppress(FileExistsError):
-                os.mkdir(directory, mode)
-                made.append(directory)
-        yield
-    except BaseException:
-        for directory in reversed(made):
-            with suppress(OSError):
-                os.rmdir(directory)
-        raise
+    made: list[tuple[int, str]] = []
+    with ExitStack() as stack:
+        parent = owned(stack, open_path(current or ".", _OPEN_PARENT)) if missing else -1
+        try:
+            for directory in reversed(missing):
+                name = os.path.basename(directory)
+                mode = _STORE_MODE if directory == path else _PARENT_MODE
+                with naming(directory):
+                    with suppress(FileExistsError):
+                        os.mkdir(name, mode, dir_fd=parent)
+                        made.append((parent, name))
+                    parent = owned(stack, open_path(name, _OPEN_PARENT, dir_fd=parent))
+            yield
+        except BaseException:
+            for parent, name in reversed(made):
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=parent)
+            raise
 
 
 def _reset(directory_fd: int, wanted: Metadata, *, is_secure: bool, ensure: bool) -> InitResult:

@@ -10,7 +10,7 @@ from operator import attrgetter
 from cfs.digest import Digest
 from cfs.erofs.format import CFS_HEADER, EROFS_MAGIC, SUPERBLOCK, SUPERBLOCK_OFF
 from cfs.errors import CfsError, FormatError
-from cfs.linux.files import owned
+from cfs.linux.files import open_path, owned
 from cfs.repository.findings import Report, describe_errno, show
 from cfs.repository.fsck_objects import open_object_file, type_name
 from cfs.repository.references import load_references
@@ -172,7 +172,7 @@ class LinkCheck:
         if not stat.S_ISREG(mode):
             reason = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
             raise OSError(reason, os.strerror(reason), os.fsdecode(path))
-        return os.open(path, _OPEN, dir_fd=self._repository.fd)
+        return open_path(path, _OPEN, dir_fd=self._repository.fd)
 
 
 def _is_there(path: bytes, dir_fd: int) -> bool:

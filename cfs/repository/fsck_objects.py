@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cfs.digest import Algorithm, Digest
 from cfs.errors import CfsError, FormatError, IntegrityError
 from cfs.fsverity import compute_file_digests, measure
-from cfs.linux.files import naming, openat2, owned
+from cfs.linux.files import naming, open_path, openat2, owned
 from cfs.repository.findings import Report, describe_errno, show
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def open_object_file(path: bytes, dir_fd: int) -> int:
         os.stat(path, dir_fd=dir_fd)  # says why if it leads nowhere
     elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), os.fsdecode(path))
-    return os.open(path, _OPEN, dir_fd=dir_fd)
+    return open_path(path, _OPEN, dir_fd=dir_fd)
 
 
 def check_objects_directory(repository: "Repository") -> None:

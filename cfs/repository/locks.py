@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from typing import ClassVar, Self
 
 from cfs.errors import BusyError
-from cfs.linux.files import naming
+from cfs.linux.files import naming, open_path
 
-__all__ = ["LockedDirectory", "open_shared"]
+__all__ = ["LockedDirectory", "lock_soon", "open_shared"]
 
 _TURNSTILE = b"meta.json"
 _FIRST_SPAN_S = 5.0  # closed that long and then open that long; each further time twice
@@ -32,6 +32,7 @@ _LONGEST_SPAN_S = 60.0
 _SILENT_S = 1.0
 _SHORTEST_PAUSE_S = 0.002
 _LONGEST_PAUSE_S = 0.1
+_PATIENCE_S = 60.0
 
 
 def open_shared(path: str | bytes, *, wait: bool = True) -> int:
@@ -85,7 +86,7 @@ class LockedDirectory:
         """
         with naming(path):
             # while the probe is open, its inode number means this directory and no other one
-            probe = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            probe = open_path(path, os.O_PATH | os.O_DIRECTORY)
             try:
                 found = os.fstat(probe)
                 key = (found.st_dev, found.st_ino)
@@ -100,6 +101,19 @@ class LockedDirectory:
                 return cls._join(key) or cls.open(path, wait=wait)
             finally:
                 os.close(probe)
+
+    @classmethod
+    def adopt(cls, fd: int) -> "LockedDirectory":
+        """Own a descriptor of a directory that another process has locked shared and handed over.
+
+        Raises:
+            OSError: as fstat(2).
+        """
+        found = os.fstat(fd)
+        key = (found.st_dev, found.st_ino)
+        with cls._guard:
+            assert key not in cls._opened
+            return cls._opened.setdefault(key, cls(fd, key))
 
     @classmethod
     def _join(cls, key: tuple[int, int]) -> "LockedDirectory | None":
@@ -160,6 +174,21 @@ class LockedDirectory:
                 self._turn.release()
 
 
+def lock_soon(fd: int) -> None:
+    """Lock a file exclusively that nobody locks for long.
+
+    Raises:
+        BusyError: somebody does; whoever may read it can keep the lock for ever.
+        OSError: as flock(2).
+    """
+    start_s = time.monotonic()
+    while not _try_lock(fd, fcntl.LOCK_EX):
+        waited_s = time.monotonic() - start_s
+        if waited_s > _PATIENCE_S:
+            raise _busy()
+        time.sleep(_pause_s(waited_s))
+
+
 def _busy() -> BusyError:
     return BusyError("the repository is in use by another process")
 
@@ -183,7 +212,7 @@ def _turnstile(fd: int) -> Iterator[int | None]:
     Old stores have none, and who may not read it is refused later on, with a better message.
     """
     try:
-        turnstile = os.open(_TURNSTILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+        turnstile = open_path(_TURNSTILE, os.O_RDONLY | os.O_NONBLOCK, dir_fd=fd)
     except OSError:
         yield None
         return
@@ -225,4 +254,9 @@ def _wait_exclusive(fd: int, on_wait: Callable[[], None] | None) -> None:
             if on_wait is not None and waited_s > _SILENT_S:
                 on_wait()
                 on_wait = None
-            time.sleep(min(max(waited_s / 20, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))
+            time.sleep(_pause_s(waited_s))
+
+
+def _pause_s(waited_s: float) -> float:
+    """Return how long to wait for a lock before the next try: the longer the rarer."""
+    return min(max(waited_s / 20, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)

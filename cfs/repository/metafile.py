@@ -9,7 +9,7 @@ import stat
 from cfs.digest import Algorithm
 from cfs.errors import FormatError, IntegrityError
 from cfs.fsverity import measure
-from cfs.linux.files import naming
+from cfs.linux.files import naming, open_path
 from cfs.objectdir.temporary import Temporary
 from cfs.objectdir.verity import Verity, seal
 from cfs.repository.metadata import Metadata
@@ -31,7 +31,7 @@ def read_metadata(directory_fd: int) -> tuple[Metadata, bool] | None:
     """
     with naming(NAME):
         try:
-            fd = os.open(NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
+            fd = open_path(NAME, os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory_fd)
         except FileNotFoundError:
             if read_link(directory_fd, NAME) is None:
                 return None

@@ -18,7 +18,7 @@ from cfs.errors import CfsError, FormatError, InvalidRequestError, NotFoundError
 from cfs.linux.files import naming
 from cfs.objectdir import ObjectDirectory, Verity
 from cfs.repository.creation import InitResult, Outcome, init
-from cfs.repository.locks import LockedDirectory
+from cfs.repository.locks import LockedDirectory, lock_soon
 from cfs.repository.metadata import Formats, Metadata, format_algorithm
 from cfs.repository.metafile import read_metadata
 from cfs.repository.oldstores import convert, infer_algorithm
@@ -122,6 +122,21 @@ class Repository:
             directory.close()
             raise
 
+    @classmethod
+    def adopt(cls, path: str, fd: int, metadata: Metadata, verity: Verity) -> Self:
+        """Return a store that another process has opened, with its lock; owns the descriptor.
+
+        Args:
+            path: as given there.
+            fd: the store's directory.
+            metadata: what was read there.
+            verity: of :attr:`objects` there.
+
+        Raises:
+            OSError: as fstat(2).
+        """
+        return cls(path, LockedDirectory.adopt(fd), metadata, verity=verity, erofs_version=None)
+
     def share(self) -> Self:
         """Return another use of the same open store, with nothing to flush; closed by itself.
 
@@ -178,12 +193,13 @@ class Repository:
         would be lost.  Blocks do not nest and are short; composefs-rs knows nothing of them.
 
         Raises:
+            BusyError: another process is in such a block for far too long.
             OSError: as mkdir(2), open(2) and flock(2) on the directory of streams.
         """
         with naming(STREAMS):
             directory = ensure_directory(self.fd, [STREAMS.encode()])
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+            lock_soon(directory)
             try:
                 yield
             finally:

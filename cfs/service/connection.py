@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from cfs.errors import FormatError
 from cfs.linux.framing import EndOfMessages, Message, MessageReader, MessageWriter, close_all
 from cfs.linux.sockets import peer_credentials, peer_groups
+from cfs.messages import decoding_cost
 from cfs.service.budget import Budget
 from cfs.service.call import Disconnection, Peer
 from cfs.service.errors import ProtocolError
-from cfs.service.request import decoding_cost
+from cfs.service.request import MAX_VALUES
 from cfs.service.watcher import Watcher
 
 __all__ = ["MAX_RECEIVED_SIZE", "Budgets", "Connection"]
@@ -80,18 +81,13 @@ class Connection:
         self._give_back()
         try:
             message = self._await_message()
+            self._charge(message)
         except EndOfMessages as end:
             if end.is_within:
                 raise ProtocolError(str(end)) from None
             return None
         except FormatError as error:
             raise ProtocolError(str(error)) from None
-        try:
-            self._charge_memory(decoding_cost(message.data))
-            self._charge_fds(len(message.fds))
-        except BaseException:
-            close_all(message.fds)
-            raise
         return message
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
@@ -101,15 +97,16 @@ class Connection:
             ProtocolError: the peer does not read, or many like it hold up too much.
             OSError: as sendmsg(2).
         """
-        size = len(message) if len(message) > _FREE_SIZE else 0
-        with self._budgets.memory.lend(self.peer.uid, size, timeout=_BUDGET_SECONDS) as has_room:
+        size = len(message)
+        if size <= _FREE_SIZE:
+            self._write(message, fds)
+            return
+        # twice: a copy has the NUL; nobody waits for room, for he would hold the reply meanwhile
+        with self._budgets.memory.lend(self.peer.uid, 2 * size) as has_room:
             if not has_room:
                 msg = "too many replies wait for their readers"
                 raise ProtocolError(msg)
-            self._writer.start(message, fds)
-            deadline = time.monotonic() + _MESSAGE_SECONDS
-            while not self._writer.send():
-                self._await(select.POLLOUT, deadline)
+            self._write(message, fds)
 
     def shut_down(self) -> None:
         """End the connection for whoever reads or writes; :meth:`close` is still needed."""
@@ -125,6 +122,12 @@ class Connection:
         self._give_back()
         self.disconnection.happen()
 
+    def _write(self, message: bytes, fds: Sequence[int]) -> None:
+        self._writer.start(message, fds)
+        deadline = time.monotonic() + _MESSAGE_SECONDS
+        while not self._writer.send():
+            self._await(select.POLLOUT, deadline)
+
     def _watch(self) -> None:
         self._watcher.watch(self.fileno(), self.disconnection.happen)
 
@@ -136,6 +139,7 @@ class Connection:
             message = self._reader.read()
             if message is not None:
                 return message
+            self._charge_fds(self._reader.nr_fds)
             if deadline is None and self._reader.size:
                 deadline = time.monotonic() + _MESSAGE_SECONDS
 
@@ -154,6 +158,15 @@ class Connection:
             msg = "the peer is too slow"
             raise ProtocolError(msg)
 
+    def _charge(self, message: Message) -> None:
+        """Charge what decoding and answering a message will take; if that fails, it is dropped."""
+        try:
+            self._charge_memory(decoding_cost(message.data, MAX_VALUES))
+            self._charge_fds(len(message.fds))
+        except BaseException:
+            close_all(message.fds)
+            raise
+
     def _reserve(self, size: int) -> None:
         """Charge a message that grows to ``size`` bytes; short ones are free."""
         if size > _FREE_SIZE:
@@ -168,12 +181,13 @@ class Connection:
         self._charged_memory += amount
 
     def _charge_fds(self, count: int) -> None:
-        if not count:
+        """Charge a message that has ``count`` descriptors by now."""
+        if count == self._charged_fds:
             return
-        if not self._budgets.fds.take(self.peer.uid, count):
+        if not self._budgets.fds.take(self.peer.uid, count - self._charged_fds):
             msg = "too many descriptors at once"
             raise ProtocolError(msg)
-        self._charged_fds += count
+        self._charged_fds = count
 
     def _give_back(self) -> None:
         if self._charged_memory:

@@ -135,7 +135,9 @@ class Dispatcher:
         context = _Context(call, check_parameters(parsed, method, request.parameters))
         outcome = self._service.start(request, context)
         if not isinstance(outcome, _Stream):
-            yield _encode(outcome, has_results=has_results, continues=False)
+            reply = _encode(outcome, has_results=has_results, continues=False)
+            del outcome  # the client may take its time
+            yield reply
             return
         with closing(outcome.replies) as replies:  # type: ignore[type-var]
             for parameters, continues in replies:

@@ -20,6 +20,8 @@ __all__ = [
     "ServiceError",
 ]
 
+_MAX_NAME_SIZE = 1 << 10  # of what nobody has; longer ones are cut
+
 
 class MethodError(Exception):
     """An error reply; whoever calls the method puts the interface in front of the name.
@@ -53,7 +55,7 @@ class MethodNotFound(ServiceError):  # noqa: N818 - the name on the wire
     """There is no such method, or no such interface."""
 
     def __init__(self, method: str) -> None:
-        super().__init__("MethodNotFound", method=method)
+        super().__init__("MethodNotFound", method=method[:_MAX_NAME_SIZE])
 
 
 class PermissionDenied(ServiceError):  # noqa: N818 - the name on the wire

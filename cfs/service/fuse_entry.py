@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -45,6 +46,7 @@ class FuseEntry:
         is_ending: we told it to end.
         pidfd: of the supervisor, while that lives; else -1.
         watchers: sockets that get a byte at each change.
+        untie: lets it live on when its client goes; None if it does anyway.
         end_time: when it ended, on the monotonic clock.
         lock: guards the descriptors of ``mount``, which its end closes.
     """
@@ -62,6 +64,7 @@ class FuseEntry:
     is_ending: bool = False
     pidfd: int = -1
     watchers: list[socket.socket] = field(default_factory=list)
+    untie: Callable[[], None] | None = None
     end_time: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -107,7 +107,7 @@ class FuseMethods:
         places = _places(device)
         for place in reversed(places):
             topmost = find_topmost(list_mounts(), place)
-            if topmost is None or topmost.device != device or not _unmount_place(place):
+            if topmost is None or topmost.device != device or not _unmount_place(place, device):
                 raise MethodError("MountBusy", mount_id=entry.number)
         # without a place in our tree, or with one elsewhere, others have it
         if not self._mounts.wait_ended([entry], _END_SECONDS if places else 0):
@@ -157,7 +157,7 @@ def _places(device: int) -> list[bytes]:
     return [entry.mountpoint for entry in list_mounts() if entry.device == device]
 
 
-def _unmount_place(place: bytes) -> bool:
+def _unmount_place(place: bytes, device: int) -> bool:
     """Unmount; False: it is in use.
 
     Raises:
@@ -165,7 +165,7 @@ def _unmount_place(place: bytes) -> bool:
     """
     path = os.fsdecode(place)
     try:
-        unmount(path)
+        unmount(path, device)
     except PermissionError:
         try:
             fusermount_unmount(path)

@@ -4,13 +4,15 @@ Each mount has a supervisor, a process of its own, to which we hold one end of a
 all copies of that end are closed, the supervisor takes the mount down.  So a service that dies
 takes its mounts along, unless systemd's descriptor store has copies: then they live on while the
 service restarts, and the next service adopts them; at a real stop systemd closes its copies, and
-they end as well.  Nothing has to know which of it is happening.
+they end as well.  Nothing has to know which of it is happening.  The FUSE device is not stored: who
+holds it keeps a mount alive whose servers have died, and its users would hang instead of failing.
 
 Any thread may call.  State: ``_lock`` guards the table and the state of the entries, and is held
 for moments.  One thread waits for the ends of all supervisors; it starts with the first mount.
 """
 
 import json
+import logging
 import os
 import select
 import socket
@@ -18,19 +20,21 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cfs.errors import CfsError
-from cfs.fuse.adopted import AdoptedProcess
+from cfs.fuse.adopted import AdoptedProcess, clear_away
 from cfs.fuse.mounts import Mount
 from cfs.fuse.options import Mode, Passthrough, ServeOptions
 from cfs.linux.mountinfo import list_mounts
 from cfs.service.call import close_fds
 from cfs.service.errors import MethodError
 from cfs.service.fuse_entry import FuseEntry, FuseState
+from cfs.service.rights import as_service
 
 if TYPE_CHECKING:
-    from cfs.service.call import Peer
+    from cfs.service.call import Call, Peer
     from cfs.service.fdstore import Notifier
 
 __all__ = ["PREFIX", "FuseMounts"]
@@ -38,10 +42,14 @@ __all__ = ["PREFIX", "FuseMounts"]
 PREFIX = "cfs-mount."  # of the names in the descriptor store: cfs-mount.NUMBER.ROLE
 _COUNTER = f"{PREFIX}0.last"
 _ROLES = ("channel", "state", "pidfd", "record")
+# of an entry, for the service after us
+_RECORDED = ("number", "image", "owner_uid", "mountpoint", "mode", "wants_passthrough", "started")
 _KEPT_SECONDS = 60.0
-_MAX_MOUNTS = 1000  # of a user, those that ended a moment ago included
+_MAX_MOUNTS = 1000  # of a user
+_MAX_LISTED = 10_000  # those that ended a moment ago included
 _CLOSE_SECONDS = 10.0
 _RECORD_SIZE = 64 * 1024
+_log = logging.getLogger(__name__)
 _MODES = {Mode.PLAIN: "Fuse", Mode.OVERLAY: "FuseOverlay"}
 
 
@@ -79,8 +87,9 @@ class FuseMounts:
         """
         with self._lock:
             self._forget_old()
-            number_of_user = sum(e.owner_uid == peer.uid for e in self._entries.values())
-            if self._is_closed or number_of_user >= _MAX_MOUNTS:
+            own = [entry for entry in self._entries.values() if entry.owner_uid == peer.uid]
+            nr_live = sum(not entry.state.is_final for entry in own)
+            if self._is_closed or nr_live >= _MAX_MOUNTS or len(own) >= _MAX_LISTED:
                 reason = "the service ends" if self._is_closed else "too many mounts of this user"
                 raise MethodError("MountFailed", message=reason)
             self._last += 1
@@ -139,8 +148,8 @@ class FuseMounts:
         with self._lock:
             self._forget_old()
             entries = [e for e in self._entries.values() if peer.uid in (0, e.owner_uid)]
-        if number is None:
-            return entries
+        if number is None:  # systemd hands over what it kept in an order of its own
+            return sorted(entries, key=lambda entry: entry.number)
         found = [entry for entry in entries if entry.number == number]
         if not found:
             raise MethodError("NoSuchMount", mount_id=number)
@@ -181,7 +190,17 @@ class FuseMounts:
             entry.is_ending = True
             mount = entry.mount
         if mount is not None and not entry.state.is_final:
-            mount.end()
+            with entry.lock:
+                mount.end()
+
+    def tie(self, entry: FuseEntry, call: "Call") -> None:
+        """Have a mount end when the client of a call goes."""
+        untie = call.on_disconnect(partial(self.end, entry))
+        with self._lock:
+            entry.untie = untie
+            is_final = entry.state.is_final
+        if is_final:
+            untie()
 
     def wait_ended(self, entries: Sequence[FuseEntry], seconds: float) -> bool:
         """Wait until mounts have ended, at most so long; return whether they have."""
@@ -215,11 +234,16 @@ class FuseMounts:
             groups.setdefault(number, {})[role] = fds[0]
         for number, group in groups.items():
             try:
-                self._adopt(group)
-            except (KeyError, TypeError, ValueError, OSError, CfsError):
-                # its supervisor ended meanwhile, and systemd dropped some of it
-                close_fds(group.values())
-                self._drop(number)
+                record = json.loads(os.pread(group["record"], _RECORD_SIZE, 0))
+                if {"channel", "pidfd"} <= group.keys():
+                    self._adopt(group, record)
+                    continue
+                # its supervisor ended meanwhile: systemd drops what has hung up
+                clear_away(record["place"], record["device"], record["pid"], group.pop("state", -1))
+            except (KeyError, TypeError, ValueError, OSError, CfsError) as error:
+                _log.warning("cannot go on with mount %s: %s", number, error)
+            close_fds(group.values())
+            self._drop(number)
         self._watch()
 
     def close(self) -> None:
@@ -245,9 +269,8 @@ class FuseMounts:
                 with entry.lock:
                     entry.mount.close()
 
-    def _adopt(self, group: Mapping[str, int]) -> None:
+    def _adopt(self, group: Mapping[str, int], record: dict[str, Any]) -> None:
         """Make an entry of the descriptors of a mount."""
-        record = json.loads(os.pread(group["record"], _RECORD_SIZE, 0))
         with ExitStack() as stack:
             channel = stack.enter_context(socket.socket(fileno=os.dup(group["channel"])))
             process = AdoptedProcess(record["pid"], group["pidfd"], channel)
@@ -271,20 +294,11 @@ class FuseMounts:
                 self._counter_fd = os.memfd_create("cfs-counter", os.MFD_CLOEXEC)
                 self._notifier.keep(_COUNTER, self._counter_fd)
             self._save_last()
-        kept = (
-            "number",
-            "image",
-            "owner_uid",
-            "mountpoint",
-            "mode",
-            "wants_passthrough",
-            "started",
-        )
         record = {
             "pid": entry.mount.pid,
             "place": entry.mount.mountpoint,
             "device": entry.mount.device,
-            "entry": {name: getattr(entry, name) for name in kept},
+            "entry": {name: getattr(entry, name) for name in _RECORDED},
         }
         fd = os.memfd_create("cfs-record", os.MFD_CLOEXEC)
         try:
@@ -313,7 +327,8 @@ class FuseMounts:
         with self._lock:
             if self._thread is None and not self._is_closed:
                 self._thread = threading.Thread(target=self._run, name="cfs-mounts", daemon=True)
-                self._thread.start()
+                with as_service():  # for whomever it was asked
+                    self._thread.start()
         with suppress(OSError):  # full: it will look anyway; closed: the service ends
             self._wakeup_writer.send(b"\0")
 
@@ -357,6 +372,8 @@ class FuseMounts:
     def _finish(self, entry: FuseEntry, state: FuseState, error: str | None) -> None:
         with self._lock:
             entry.state, entry.error, entry.end_time = state, error, time.monotonic()
+        if entry.untie is not None:
+            entry.untie()
         self._tell(entry)
 
     def _tell(self, entry: FuseEntry) -> None:

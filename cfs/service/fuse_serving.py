@@ -47,11 +47,13 @@ if TYPE_CHECKING:
 __all__ = ["FuseWish", "serve", "wait_for_change"]
 
 _MAX_WORKERS_WISHED = 256
+_MAX_PATH_SIZE = 4096  # PATH_MAX of the kernel
 _MODES = {"Fuse": Mode.PLAIN, "FuseOverlay": Mode.OVERLAY}
 _VERIFY = {"Off": Verify.OFF, "Open": Verify.OPEN, "Require": Verify.REQUIRE}
 _UNAVAILABLE = frozenset(
     (errno.EPERM, errno.ENODEV, errno.ENXIO, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)
 )
+_FOREIGN_SECONDS = 20.0  # whoever stops his session has the store in use meanwhile
 _FUSE_CONF = "/etc/fuse.conf"
 _Replies = Iterator[tuple[dict[str, Any], bool]]
 
@@ -105,7 +107,7 @@ def serve(call: "Call", handles: "Handles", mounts: FuseMounts, wish: FuseWish) 
         call.reply_fds([tree_fd])
         fd_index = 0
     if wish.ends_with_connection:
-        call.on_disconnect(partial(mounts.end, entry))
+        mounts.tie(entry, call)
     is_waiting = wish.wait and not call.oneway
     if call.more or not is_waiting:
         yield {"mount": entry.describe(), "fd_index": fd_index}, is_waiting
@@ -230,6 +232,9 @@ def _check(call: "Call", wish: FuseWish, fds: Sequence[int]) -> None:
         and not wish.mountpoint.startswith("/"),
         "a mount point cannot contain a null character": "\0" in (wish.mountpoint or ""),
         "the image is empty": wish.image == "",
+        "the image or the mount point has too long a name": max(  # they are listed for a while
+            len(each or "") for each in (wish.image, wish.mountpoint)
+        ) >= _MAX_PATH_SIZE,
         f"workers={workers}: expected 0 to {_MAX_WORKERS_WISHED}": workers is not None
         and workers > _MAX_WORKERS_WISHED,
         "without a mount point, wait needs more replies: the first one has the descriptor":
@@ -283,6 +288,9 @@ def _options(peer: "Peer", request: MountRequest, wish: FuseWish) -> ServeOption
     if os.geteuid() == 0:  # others have fusermount3, which may do what they may not
         with as_service():
             os.close(open_device())
+    if is_foreign(peer) and request.upperdir is not None:
+        msg = "an upper directory of another user: overlayfs would need more than his rights"
+        raise UnsupportedError(msg)
     needs_leave = is_foreign(peer) or os.geteuid() != 0
     if wish.options.get("allow_other") and needs_leave and not _others_may_be_let_in():
         msg = f"allow_other needs user_allow_other in {_FUSE_CONF}"
@@ -332,7 +340,10 @@ def _mount(
         # an overlay reads the objects itself, with the rights of the thread that makes it
         user = None if options.mode is Mode.OVERLAY else User(peer.uid, peer.gid, peer.groups)
         behalf = Behalf(
-            user=user, spawning=as_service, mounting=partial(as_peer, peer, may_mount=True)
+            user=user,
+            spawning=as_service,
+            mounting=partial(as_peer, peer, may_mount=True),
+            patience=_FOREIGN_SECONDS,
         )
         if isinstance(place, Place) and place.directory_fd < -1:
             msg = f"mount point {place.path}: {os.strerror(-place.directory_fd)}"

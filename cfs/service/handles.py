@@ -16,10 +16,10 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from cfs.digest import Algorithm
 from cfs.errors import BusyError
@@ -32,7 +32,7 @@ from cfs.service.rights import as_peer, is_foreign
 if TYPE_CHECKING:
     from cfs.service.call import Call
 
-__all__ = ["Handles", "OpenStore", "Opened", "StoreOptions"]
+__all__ = ["Handles", "OpenStore", "Opened", "StoreOptions", "retry_busy"]
 
 _HANDLES_PER_UID, _HANDLES = 10_000, 100_000
 _PART_PER_UID, _PART = 8, 2  # of the process's descriptors, one for each store
@@ -42,6 +42,7 @@ _EXCLUSIVE_WAIT_S = 10.0
 _HOLD_BACK_S = 0.25  # new uses, for one that shall be exclusive
 _LOOK_S = 0.5  # how often whoever waits looks whether its client is still there
 
+_T = TypeVar("_T")
 _Key = tuple[int, int]  # device and inode of a store's directory
 
 
@@ -138,7 +139,16 @@ class Handles:
     def _open_as(self, call: "Call", path: str) -> tuple[Repository, int | None]:
         """Open a store with the rights of the peer; return it with the device of its objects."""
         with as_peer(call.peer):
-            repository = self._open(call, path)
+            repository = retry_busy(
+                call,
+                lambda: Repository.open(
+                    path,
+                    upgrade=self.options.upgrade,
+                    require_verity=self.options.require_verity,
+                    insecure=self.options.insecure,
+                    wait=False,
+                ),
+            )
             try:
                 if is_foreign(call.peer):
                     # the descriptor may be one that this process had before, with other rights
@@ -158,22 +168,6 @@ class Handles:
             self._last += 1
             self._entries[self._last] = _Entry(uid, repository, key)
             return Opened(self._last, repository.algorithm, device)
-
-    def _open(self, call: "Call", path: str) -> Repository:
-        deadline_s = time.monotonic() + _OPEN_WAIT_S
-        while True:
-            try:
-                return Repository.open(
-                    path,
-                    upgrade=self.options.upgrade,
-                    require_verity=self.options.require_verity,
-                    insecure=self.options.insecure,
-                    wait=False,
-                )
-            except BusyError:
-                if time.monotonic() > deadline_s or call.gone():
-                    raise
-            time.sleep(_OPEN_PAUSE_S)
 
     @contextmanager
     def get(self, call: "Call", handle: int) -> Iterator[OpenStore]:
@@ -279,6 +273,23 @@ class Handles:
         self._condition.wait(_LOOK_S)
         if call.gone():
             raise internal_error("the client has left")
+
+
+def retry_busy(call: "Call", attempt: Callable[[], _T]) -> _T:
+    """Try until no other process has the store alone; for a while, and as long as the client waits.
+
+    Raises:
+        BusyError: in vain.
+        Exception: whatever else ``attempt`` raises.
+    """
+    deadline_s = time.monotonic() + _OPEN_WAIT_S
+    while True:
+        try:
+            return attempt()
+        except BusyError:
+            if time.monotonic() > deadline_s or call.gone():
+                raise
+        time.sleep(_OPEN_PAUSE_S)
 
 
 def _objects_device(directory_fd: int) -> int | None:

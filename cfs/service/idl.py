@@ -17,6 +17,8 @@ __all__ = ["INTERFACE_NAMES", "check_parameters", "find_method", "load_interface
 
 INTERFACE_NAMES = ("org.composefs.Repository", "org.composefs.Oci")
 _INT_END = 1 << 64
+_MAX_STRING_SIZE = 1 << 16  # characters; no name or path has as many
+_DOCUMENT = "_json"  # end of the names of what may have more
 _scanner = varlink.scanner
 
 
@@ -46,7 +48,8 @@ def check_parameters(interface: Any, method: str, parameters: Mapping[str, Any])
     """Return the parameters that the IDL names, optional ones that are absent as None.
 
     Unknown members are dropped at every level.  Numbers are whole and below 2^64, truth
-    values are no numbers, enumerations have one of their values.
+    values are no numbers, enumerations have one of their values.  Strings that are no documents
+    have a length that nobody needs to be afraid of.
 
     Raises:
         InvalidParameter: one is missing or of another kind; names the parameter, also if
@@ -56,7 +59,11 @@ def check_parameters(interface: Any, method: str, parameters: Mapping[str, Any])
     checked = {}
     for name, kind in find_method(interface, method).in_type.fields.items():
         try:
-            checked[name] = _check(interface, kind, parameters.get(name))
+            value = parameters.get(name)
+            if name.endswith(_DOCUMENT) and isinstance(value, str):
+                checked[name] = value
+            else:
+                checked[name] = _check(interface, kind, value)
         except _WrongKindError:
             raise InvalidParameter(name) from None
     return checked
@@ -89,4 +96,6 @@ def _is_scalar(kind: Any, value: object) -> bool:
         return isinstance(value, str) and value in kind.fields
     if isinstance(kind, int) and not isinstance(kind, bool):
         return type(value) is int and 0 <= value < _INT_END
-    return isinstance(kind, bool | str) and type(value) is type(kind)
+    if isinstance(kind, str):
+        return isinstance(value, str) and len(value) <= _MAX_STRING_SIZE
+    return isinstance(kind, bool) and isinstance(value, bool)

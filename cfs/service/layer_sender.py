@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from cfs.errors import CfsError
+from cfs.errors import CfsError, escape
 from cfs.linux.files import owned
 from cfs.oci.layers import find_layer
 from cfs.oci.splitdir import File, Inline, format_chunk
@@ -38,6 +39,7 @@ _MAX_PER_USER = 64
 _BUFFER_SIZE = 1 << 16
 _PIPE_SIZE = 1 << 18
 _PATIENCE = 600.0  # seconds in which a client reads nothing
+_STOP_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -95,13 +97,15 @@ class LayerSenders:
         return started.result()
 
     def close(self) -> None:
-        """Break off what is being sent; wait for the threads."""
+        """Break off what is being sent; wait for the threads, but not for dead file systems."""
         os.eventfd_write(self._stop_fd, 1)
         with self._lock:
             threads = list(self._threads)
+        deadline_s = time.monotonic() + _STOP_SECONDS
         for thread in threads:
-            thread.join()
-        os.close(self._stop_fd)
+            thread.join(max(0, deadline_s - time.monotonic()))
+        if not any(thread.is_alive() for thread in threads):
+            os.close(self._stop_fd)
 
 
 def _send(open_store: OpenStore, diff_id: str, stop_fd: int, started: "Future[list[int]]") -> None:
@@ -123,7 +127,7 @@ def _send(open_store: OpenStore, diff_id: str, stop_fd: int, started: "Future[li
         if not started.done():
             started.set_exception(error)
         else:
-            _log.warning("sending layer %s broke off: %s", diff_id, error)
+            _log.warning("sending layer %s broke off: %s", diff_id, escape(str(error)))
     finally:
         if not started.done():
             started.set_exception(internal_error("the layer cannot be sent"))

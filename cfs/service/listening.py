@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from cfs.errors import BusyError, InvalidRequestError
+from cfs.linux.address import parse_address
 from cfs.linux.sockets import short_name
 
 __all__ = ["DEFAULT_MODE", "listening"]
 
 DEFAULT_MODE = 0o600
-_SCHEME = "unix:"
 _BACKLOG = 1024
 
 
@@ -23,7 +23,7 @@ def listening(address: str, mode: int = DEFAULT_MODE) -> Iterator[socket.socket]
     A file that a service left behind, so that nobody answers there, is replaced.
 
     Args:
-        address: path, or ``unix:`` and a path.
+        address: path, or ``unix:`` and a path; no abstract name, no options.
         mode: of the file.
 
     Raises:
@@ -31,9 +31,9 @@ def listening(address: str, mode: int = DEFAULT_MODE) -> Iterator[socket.socket]
         BusyError: somebody serves there, or the file is no socket.
         OSError: as bind(2).
     """
-    path = address.removeprefix(_SCHEME)
-    if not path or "\0" in path or (address.startswith(_SCHEME) and path.startswith("@")):
-        msg = f"not the path of a socket: {address!r}"
+    path, is_abstract, options = parse_address(address)
+    if is_abstract or options:  # whoever likes may connect to abstract ones
+        msg = f"address {address!r}: expected unix:PATH and nothing else"
         raise InvalidRequestError(msg)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         _bind(channel, path, mode)

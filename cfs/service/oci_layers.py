@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerMethods"]
 
+_PATIENCE = 600  # seconds in which a client writes nothing
 _MIN_FDS = 2  # the stream and a directory
 _PIPE_SIZE = 1 << 16
 _COUNTED = (Method.REFLINKED, Method.HARDLINKED, Method.COPIED, Method.PRESENT)
@@ -175,10 +176,15 @@ class _Incoming(io.RawIOBase):
 
         Raises:
             ConnectionResetError: the client has left.
+            TimeoutError: he writes nothing.  Of a pipe that is his own connection, which we hold
+                open, nothing else would tell that he left.
             OSError: reading failed.
         """
         while True:
-            if self._client in dict(self._poll.poll()):
+            ready = dict(self._poll.poll(_PATIENCE * 1000))
+            if not ready:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            if self._client in ready:
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
             try:
                 return os.readv(self._fd, [buffer])

@@ -1,7 +1,7 @@
 """``Pull`` of ``org.composefs.Oci``: progress as replies (spec b.4, b.6)."""
 
+import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,11 +20,13 @@ from cfs.oci.pull import (
     Skipped,
     Started,
     link_boot,
-    pull,
 )
 from cfs.oci.sources import LocalFetch, SourceOptions, StoppedError, Stopper, needs_program
+from cfs.service.budget import Budget
 from cfs.service.errors import MethodError
+from cfs.service.failures import internal_error
 from cfs.service.oci_base import OciBase
+from cfs.service.pull_process import Pace, pull
 from cfs.service.rights import refuse_foreign
 from cfs.transform.oci import XattrMode
 
@@ -46,7 +48,7 @@ _LOCAL_FETCH = {
     "zerocopy": LocalFetch.ZEROCOPY,
     "zero-copy": LocalFetch.ZEROCOPY,
 }
-_INTERVAL = 0.05  # seconds between reports of progress of a layer
+_PULLS_PER_UID, _PULLS = 32, 64  # a process each, of 80 MB
 _MAX_SILENCE = 15.0  # seconds; varlinkctl gives up after 45
 _STILL = {"message": "still working"}
 
@@ -96,13 +98,15 @@ class PullMethods(OciBase):
         super().__init__(handles)
         self._pulls_lock = threading.Lock()
         self._pulls: set[Stopper] = set()
+        trusted = frozenset({0, os.geteuid()})
+        self._budget = Budget(per_uid=_PULLS_PER_UID, total=_PULLS, trusted=trusted)
 
     def Pull(self, call: "Call", **parameters: Any) -> Reply | Iterator[tuple[Reply, bool]]:
         """Fetch an image; a client that leaves ends it if it has asked for progress."""
         wish = _Wish(**parameters)
         if call.more and not call.oneway:
             return self._stream(call, wish)
-        with self._stoppable() as stopper:
+        with self._stoppable(call.peer.uid) as stopper:
             return self._pull(call, wish, stopper, _ignore)
 
     def stop_pulls(self) -> None:
@@ -114,7 +118,7 @@ class PullMethods(OciBase):
     def _stream(self, call: "Call", wish: _Wish) -> Iterator[tuple[Reply, bool]]:
         events = Events()
         with (
-            self._stoppable() as stopper,
+            self._stoppable(call.peer.uid) as stopper,
             ThreadPoolExecutor(1, "pull") as executor,
         ):
             forget = call.on_disconnect(stopper.stop)
@@ -128,15 +132,19 @@ class PullMethods(OciBase):
                 stopper.stop()
 
     @contextmanager
-    def _stoppable(self) -> Iterator[Stopper]:
+    def _stoppable(self, uid: int) -> Iterator[Stopper]:
+        """Count a pull, which is a process; it can be stopped within the block."""
         stopper = Stopper()
-        with self._pulls_lock:
-            self._pulls.add(stopper)
-        try:
-            yield stopper
-        finally:
+        with self._budget.lend(uid, 1) as may_pull:
+            if not may_pull:
+                raise internal_error("too many images are being pulled")
             with self._pulls_lock:
-                self._pulls.remove(stopper)
+                self._pulls.add(stopper)
+            try:
+                yield stopper
+            finally:
+                with self._pulls_lock:
+                    self._pulls.remove(stopper)
 
     def _pull(
         self, call: "Call", wish: _Wish, stopper: Stopper, report: Callable[[Event], None]
@@ -200,17 +208,15 @@ class Events:
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _pending: dict[object, Reply] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
-    _told: dict[str, float] = field(default_factory=dict)
+    _pace: Pace = field(default_factory=Pace)
     _has_ended: bool = False
 
     def put(self, event: Event) -> None:
         """Add an event; in the threads of the pull."""
         with self._changed:
-            key: object = object()
-            if isinstance(event, Progress):
-                key = event.id
-                if self._is_too_soon(event):
-                    return
+            if self._pace.is_too_soon(event):
+                return
+            key = event.id if isinstance(event, Progress) else object()
             self._pending[key] = self._reply(event)
             self._changed.notify()
 
@@ -232,14 +238,6 @@ class Events:
             if not self._pending:
                 return None
             return self._pending.pop(next(iter(self._pending)))
-
-    def _is_too_soon(self, event: Progress) -> bool:
-        now = time.monotonic()
-        is_last = event.size == self._sizes.get(event.id)
-        if not is_last and now - self._told.get(event.id, 0.0) < _INTERVAL:
-            return True
-        self._told[event.id] = now
-        return False
 
     def _reply(self, event: Event) -> Reply:
         match event:

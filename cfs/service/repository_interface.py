@@ -20,7 +20,7 @@ from cfs.errors import (
     NotFoundError,
     describe,
 )
-from cfs.linux.files import owned
+from cfs.linux.files import open_path, owned
 from cfs.repository.creation import Outcome, init
 from cfs.repository.fsck import check
 from cfs.repository.gc import Collection, collect
@@ -29,6 +29,7 @@ from cfs.repository.metadata import parse_algorithm
 from cfs.repository.metafile import read_metadata
 from cfs.service.budget import Budget
 from cfs.service.errors import MethodError
+from cfs.service.handles import retry_busy
 from cfs.service.kernel_mounts import find_wrong_fds, reply_mount
 from cfs.service.rights import as_peer, refuse_foreign, store_path
 
@@ -40,6 +41,7 @@ __all__ = ["RepositoryMethods"]
 
 _DEFAULT_ALGORITHM = "fsverity-sha512-12"
 _EROFS_VERSION = 1
+_MAX_PATH_SIZE = 4096  # bytes with NUL; PATH_MAX of the kernel
 _COLLECT_WAIT_S = 10.0  # for other processes; a client may have no more patience than 45 s
 _COLLECT_PAUSE_S = 0.1
 _CHECKS_PER_UID, _CHECKS = 4, 16
@@ -92,13 +94,18 @@ class RepositoryMethods:
             is_secure = _is_secure(path)  # varlink does not compare it
             if is_secure is None:
                 is_secure = not (self._handles.options.insecure if insecure is None else insecure)
-            return init(
-                path,
-                algorithm=wanted,
-                is_secure=is_secure,
-                erofs_version=_EROFS_VERSION,
-                ensure=ensure,
-            ).outcome
+            result = retry_busy(
+                call,
+                lambda: init(
+                    path,
+                    algorithm=wanted,
+                    is_secure=is_secure,
+                    erofs_version=_EROFS_VERSION,
+                    ensure=ensure,
+                    wait=False,
+                ),
+            )
+            return result.outcome
 
     def OpenRepository(
         self, call: "Call", *, path: str | None, user: bool | None, system: bool | None
@@ -203,17 +210,13 @@ class RepositoryMethods:
 
 
 def _check_path(path: str) -> None:
-    """Refuse what no path can be.
+    """Refuse what no path can be, before anybody looks for its parents.
 
     Raises:
-        InvalidRequestError: it has a NUL, or half of a surrogate pair.
+        InvalidRequestError: it has a NUL, or too many bytes.
     """
-    try:
-        is_path = b"\0" not in path.encode()
-    except UnicodeEncodeError:
-        is_path = False
-    if not is_path:
-        msg = "the path of the repository has a NUL, or is no text"
+    if "\0" in path or len(path.encode()) >= _MAX_PATH_SIZE:
+        msg = "the path of the repository is too long, or has a NUL"
         raise InvalidRequestError(msg)
 
 
@@ -224,8 +227,8 @@ def _is_secure(path: str) -> bool | None:
     """
     try:
         with ExitStack() as stack:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            found = read_metadata(owned(stack, os.open(path, flags)))
+            directory = owned(stack, open_path(path, os.O_RDONLY | os.O_DIRECTORY))
+            found = read_metadata(directory)
     except (CfsError, OSError):
         return None
     return None if found is None else found[1]

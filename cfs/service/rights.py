@@ -20,14 +20,22 @@ from typing import TYPE_CHECKING
 from cfs.errors import InvalidRequestError, UnsupportedError
 from cfs.linux.capabilities import Capability
 from cfs.linux.credentials import Credentials, acting_as
-from cfs.linux.files import naming, owned
+from cfs.linux.files import naming, open_path, owned
 from cfs.repository.repository import default_path
 from cfs.service.errors import PermissionDenied
 
 if TYPE_CHECKING:
     from cfs.service.call import Peer
 
-__all__ = ["as_peer", "as_service", "is_foreign", "open_mountpoint", "refuse_foreign", "store_path"]
+__all__ = [
+    "as_peer",
+    "as_service",
+    "is_foreign",
+    "load_modules",
+    "open_mountpoint",
+    "refuse_foreign",
+    "store_path",
+]
 
 _ROOT_UID = 0
 # they import some modules only when they need them
@@ -67,7 +75,7 @@ def as_peer(peer: "Peer", *, may_mount: bool = False) -> Iterator[None]:
     if not is_foreign(peer):
         yield
         return
-    _load_modules()
+    load_modules()
     capabilities = _SERVICE.capabilities & 1 << Capability.SYS_ADMIN if may_mount else 0
     acting = acting_as(Credentials(peer.uid, peer.gid, frozenset(peer.groups), capabilities))
     try:
@@ -81,7 +89,7 @@ def as_peer(peer: "Peer", *, may_mount: bool = False) -> Iterator[None]:
 
 
 @functools.cache
-def _load_modules() -> None:
+def load_modules() -> None:
     """Import everything that methods may need, once.
 
     A foreign user may not be able to read our modules, and what the interpreter fails to find in
@@ -125,7 +133,7 @@ def open_mountpoint(peer: "Peer", path: str) -> int:
         OSError: as open(2).
     """
     with as_peer(peer), naming(path), ExitStack() as stack:
-        fd = owned(stack, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        fd = owned(stack, open_path(path, os.O_PATH | os.O_DIRECTORY))
         if is_foreign(peer):
             place = f"/proc/self/fd/{fd}"
             is_writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import closing, suppress
 
+from cfs.linux.libc import libc
 from cfs.service.budget import Budget
 from cfs.service.call import Call, close_fds
 from cfs.service.connection import Budgets, Connection
@@ -26,6 +27,8 @@ _FDS_PER_UID, _FDS = 2048, 4096
 _RETRY_SECONDS = 0.1  # after an accept(2) that failed for lack of something
 _STOP_SECONDS = 10  # for calls under way, once their clients were cut off
 _LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_OWN_MAPPING_SIZE = 1 << 17  # bytes; what is larger is mapped by itself
 _log = logging.getLogger(__name__)
 
 
@@ -55,13 +58,16 @@ class Server:
         Calls that are still under way then lose their clients, and get a few seconds to end.
         """
         _raise_fd_limit()
+        _free_at_once()
+        self._watcher.start()
         try:
             if self._listens:
                 self._accept_all()
             else:
                 self._serve_one()
         finally:
-            self._channel.close()
+            if self._listens:  # a connected one is its connection's, which may still use it
+                self._channel.close()
             self._end_connections()
             self._watcher.close()
             self._wakeup.close()
@@ -188,6 +194,12 @@ class Server:
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in threads.values():
             thread.join(max(0, deadline - time.monotonic()))
+
+
+def _free_at_once() -> None:
+    """Have glibc give long messages back to the system, rather than learn to keep their memory."""
+    if mallopt := getattr(libc(), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_SIZE)
 
 
 def _raise_fd_limit() -> None:

@@ -20,13 +20,17 @@ class Watcher:
     """Watches connected sockets, each until it hangs up once.  Any thread may call."""
 
     def __init__(self) -> None:
-        """Prepare; the thread starts with the first socket."""
+        """Prepare; nothing is noticed before :meth:`start`."""
         self._lock = threading.Lock()
         self._watched: dict[int, Callable[[], None]] = {}
         self._epoll = select.epoll()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wakeup, select.EPOLLIN)
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread: not when the first call asks, whose thread may act as somebody else."""
+        self._thread.start()
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Have ``callback`` called once the peer of ``fd`` has closed its socket."""
@@ -35,9 +39,6 @@ class Watcher:
                 return
             self._watched[fd] = callback
             self._epoll.register(fd, select.EPOLLHUP | select.EPOLLONESHOT)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
-                self._thread.start()
 
     def forget(self, fd: int) -> None:
         """Watch a socket no longer; to be called before it is closed."""
@@ -49,8 +50,7 @@ class Watcher:
     def close(self) -> None:
         """End the thread."""
         os.eventfd_write(self._wakeup, 1)
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
         self._epoll.close()
         os.close(self._wakeup)
 

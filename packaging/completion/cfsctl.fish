@@ -1,16 +1,25 @@
-# fish completion for cfsctl
+# fish completion for cfsctl and the tools of composefs
 
 function __cfsctl_complete
     set -l words (commandline -opc)
     set -l current (commandline -ct)
-    set -l lines (COMPLETE=fish cfsctl -- $words[2..-1] "$current" 2>/dev/null)
+    set -l tool (string match -v cfsctl (basename $words[1]))
+    set -l lines (COMPLETE=fish cfsctl -- $tool $words[2..-1] "$current" 2>/dev/null)
     test (count $lines) -gt 1; and printf '%s\n' $lines[2..-1]
+    set -l option (string match -r '^-[^=]*=' -- "$current")
+    set -l value (string replace -r '^-[^=]*=' '' -- "$current")
+    set -l paths
     switch "$lines[1]"
         case files
-            __fish_complete_path "$current"
+            set paths (__fish_complete_path "$value")
         case directories
-            __fish_complete_directories "$current"
+            set paths (__fish_complete_directories "$value")
+    end
+    for path in $paths
+        printf '%s%s\n' "$option" $path
     end
 end
 
-complete -c cfsctl -f -a '(__cfsctl_complete)'
+for program in cfsctl mkcomposefs composefs-info mount.composefs mount.fuse.composefs
+    complete -c $program -f -a '(__cfsctl_complete)'
+end

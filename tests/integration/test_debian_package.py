@@ -1,16 +1,14 @@
 """The Debian package is built in trixie, and installed where nothing but its dependencies is."""
 
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.paths import CHECKOUT
-from tests.trixie import get_trixie, run_in
+from tests.debian_package import get_package
+from tests.trixie import SYSTEM, get_trixie, run_in
 from tests.vm.cache import Unavailable
 
-CONTROL = CHECKOUT / "packaging" / "debian" / "control"
 # what a user does first; every line must succeed
 CHECKS = """
 dpkg --install /old/composefs.deb
@@ -40,22 +38,10 @@ python3 -c 'import sys, cfs; assert sys.version_info[:2] == (3, 13)'
 systemd-analyze --man=no verify /usr/lib/systemd/system/composefs.*
 XDG_RUNTIME_DIR=/tmp systemd-analyze --man=no --user verify /usr/lib/systemd/user/composefs.*
 test -e /usr/share/man/man1/cfsctl-oci-pull.1.gz
+grep mkcomposefs /usr/share/bash-completion/completions/mkcomposefs.bash
 dpkg --purge cfs
 test ! -e /usr/bin/cfsctl
 """
-
-
-def build_dependencies() -> list[str]:
-    text = CONTROL.read_text().partition("\nBuild-Depends:")[2].partition("\n\n")[0]
-    names = re.findall(r"^ ([a-z0-9.+-]+)", text, re.MULTILINE)
-    virtual = {"debhelper-compat": "debhelper", "dh-sequence-python3": "dh-python"}
-    return ["build-essential", *(virtual.get(name, name) for name in names)]
-
-
-def dependencies(package: Path) -> list[str]:
-    command = ["dpkg-deb", "--field", str(package), "Depends"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [re.split("[ :]", item.strip())[0] for item in text.split(",")]
 
 
 def make_old_package(directory: Path) -> None:
@@ -75,19 +61,14 @@ def make_old_package(directory: Path) -> None:
 
 @pytest.mark.usefixtures("root", "fuse", "private_mounts", "overlay")
 def test_the_package_is_built_and_works(tmp_path: Path) -> None:
-    scratch, out, old = (tmp_path / name for name in ("scratch", "out", "old"))
-    for directory in (scratch, out, old):
+    scratch, old = tmp_path / "scratch", tmp_path / "old"
+    for directory in (scratch, old):
         directory.mkdir()
     make_old_package(old)
     try:
-        system = get_trixie(build_dependencies())
-        binds = {CHECKOUT: "/checkout", out: "/out"}
-        script = "/checkout/packaging/debian/build /tmp/build; cp /tmp/build/*.deb /out"
-        built = run_in(system, scratch, script, binds)
-        assert built.returncode == 0, (built.stdout + built.stderr)[-5000:]
-        (package,) = out.glob("cfs_*.deb")
-        clean = get_trixie([*dependencies(package), "systemd"])
+        package = get_package()
+        clean = get_trixie(SYSTEM)
     except Unavailable as error:
         pytest.skip(str(error))
-    done = run_in(clean, scratch, f"set -x\n{CHECKS}", {out: "/out", old: "/old"})
+    done = run_in(clean, scratch, f"set -x\n{CHECKS}", {package.parent: "/out", old: "/old"})
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]

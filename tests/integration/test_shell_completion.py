@@ -24,8 +24,9 @@ ZSH = """
 compdef() { }
 _describe() { print -rl -- ${(P)2} }
 _files() { print -r -- files $* }
+compset() { }
 source %s
-words=(cfsctl %s) CURRENT=${#words}
+words=(%s) CURRENT=${#words}
 _cfsctl
 """
 # bash starts what stands behind -C with the word as second argument
@@ -76,18 +77,26 @@ def test_fish(store: Path) -> None:
     assert all(line.partition("\t")[2] for line in found)
     script = f"source {SCRIPTS}/cfsctl.fish; complete -C 'cfsctl oci unt'"
     assert run_shell("fish", script, store) == ["untag\tRemove a name"]
+    script = f"source {SCRIPTS}/cfsctl.fish; complete -C 'composefs-info l'"
+    assert run_shell("fish", script, store) == ["ls\tlist paths with link targets and object paths"]
     script = f"source {SCRIPTS}/cfsctl.fish; complete -C 'cfsctl --repo sto'"
     assert [line.partition("\t")[0] for line in run_shell("fish", script, store)] == ["store/"]
+    script = f"source {SCRIPTS}/cfsctl.fish; complete -C 'cfsctl --repo=sto'"
+    found = run_shell("fish", script, store)
+    assert [line.partition("\t")[0] for line in found] == ["--repo=store/"]
 
 
 def test_zsh(store: Path) -> None:
     script = f"{SCRIPTS}/_cfsctl"
-    found = run_shell("zsh", ZSH % (script, "--repo store mount ''"), store)
+    found = run_shell("zsh", ZSH % (script, "cfsctl --repo store mount ''"), store)
     names = {line.replace(r"\:", "|").partition(":")[0].replace("|", ":") for line in found}
     assert names == {"one", "two words", "$(touch ran)", "refs/with/slash:x"}
-    assert run_shell("zsh", ZSH % (script, "oci unt"), store) == ["untag:Remove a name"]
-    assert run_shell("zsh", ZSH % (script, "--repo ''"), store) == ["files -/"]
-    assert run_shell("zsh", ZSH % (script, "oci pull --authfile ''"), store) == ["files"]
+    assert run_shell("zsh", ZSH % (script, "/usr/bin/mkcomposefs --hardl"), store) == [
+        "--hardlinks:names of one file share an inode"
+    ]
+    assert run_shell("zsh", ZSH % (script, "cfsctl oci unt"), store) == ["untag:Remove a name"]
+    assert run_shell("zsh", ZSH % (script, "cfsctl --repo ''"), store) == ["files -/"]
+    assert run_shell("zsh", ZSH % (script, "cfsctl oci pull --authfile ''"), store) == ["files"]
 
 
 def test_bash(store: Path) -> None:
@@ -99,6 +108,7 @@ def test_bash(store: Path) -> None:
     assert ask("cfsctl --repo store mount $", "$") == ["'$(touch ran)'"]
     assert ask("cfsctl --repo store mount refs/with/slash:", "") == ["x"]
     assert ask("cfsctl mount --fuse=ye", "ye") == ["yes"]
+    assert ask("/usr/bin/mkcomposefs --hardl", "--hardl") == ["--hardlinks"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -19,7 +19,7 @@ from cfs.fuse.program import spawn
 from cfs.inodes import InodeVector
 from cfs.tree import Directory, Inode, Link, Regular
 from tests.integration.vectors import make_vector
-from tests.integration.waiting import wait_for_end, wait_until
+from tests.integration.waiting import children_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.usefixtures("fuse")
 DEADLINE = 60
@@ -53,13 +53,6 @@ def check_dead(fd: int) -> None:
         os.read(fd, 1)
     with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
         os.close(fd)
-
-
-def children_of(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
 
 
 def kill_session(mount: Mount, number: signal.Signals = signal.SIGKILL) -> None:
@@ -309,10 +302,20 @@ def test_modules_of_supervisor_and_session() -> None:
     assert not modules("session", "reference") & {"numpy", "click", "cfs.fuse.dataplane"}
 
 
-def test_numpy_is_never_loaded_by_a_session(mnt: Path, objects: Path, vector: InodeVector) -> None:
+def test_what_a_session_loads_and_when(mnt: Path, objects: Path, vector: InodeVector) -> None:
+    def has_pyfuse3() -> bool:
+        return "pyfuse3" in Path(f"/proc/{session}/maps").read_text()
+
     with serve(vector, mnt, [objects], name="x") as mount:
         session = mount.statistics().session_pid
-        wait_until(lambda: "pyfuse3" in Path(f"/proc/{session}/maps").read_text(), "pyfuse3")
+        assert (mnt / "1").read_bytes() == CONTENT
+        assert not has_pyfuse3()
+        with (mnt / "inline").open() as file:
+            os.fsync(file.fileno())  # none of what workers answer
+            assert file.read() == "text"
+        wait_until(has_pyfuse3, "pyfuse3")
+        kill_session(mount)
+        session = mount.statistics().session_pid
         for pid in (session, mount.pid):
             maps = Path(f"/proc/{pid}/maps").read_text()
             assert not re.search(r"numpy", maps)

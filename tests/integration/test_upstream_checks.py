@@ -1,8 +1,8 @@
 """Every check of composefs-rs's own tests that concerns the store, through the command line.
 
 The list is spec repository 11.2 and 11.3 and cli-and-varlink a.15; each test is named as there.
-Not here: OCI, which ``test_upstream_oci.py`` has, and what needs fs-verity, which
-``test_verity_vm.py`` has; ostree and varlink come with those commands.
+Not here: OCI and varlink, which ``test_upstream_oci.py`` and ``test_upstream_varlink.py`` have, and
+what needs fs-verity, which ``test_verity_vm.py`` has; ostree comes with that command.
 """
 
 import filecmp

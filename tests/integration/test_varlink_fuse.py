@@ -4,11 +4,9 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +15,28 @@ import pytest
 from cfs.linux.mountinfo import mounted_at
 from cfs.linux.mounts import attach_mount, unmount
 from cfs.linux.sockets import receive_fds
-from cfs.service.assemble import assembled
 from cfs.service.fdstore import Notifier
 from cfs.service.fuse_registry import FuseMounts
-from cfs.service.handles import StoreOptions
 from tests.command_line import unpack_tree
+from tests.integration.fuse_service import (
+    PLAIN,
+    REPOSITORY,
+    Service,
+    call,
+    fail,
+    receive,
+    serve,
+    service_at,
+)
 from tests.integration.stores import BIG, CFSCTL, Store
 from tests.integration.waiting import wait_for_end, wait_until
 from tests.paths import CHECKOUT
-from tests.varlink_client import SECONDS, Json, RawClient, serving
+from tests.varlink_client import SECONDS, RawClient
 
 pytestmark = pytest.mark.usefixtures("fuse")
 
-REPOSITORY = "org.composefs.Repository."
 NOBODY = 65534
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-PLAIN = {"mode": "Fuse", "workers": 1}
-
-
-class Service:
-    """A service in this process and its clients."""
-
-    def __init__(self, path: Path, mounts: FuseMounts, stack: ExitStack) -> None:
-        self.path = path
-        self.mounts = mounts
-        self._stack = stack
-
-    def connect(self) -> RawClient:
-        return self._stack.enter_context(RawClient.connect(str(self.path)))
-
-    def open(self, client: RawClient, store: Path) -> int:
-        reply = call(client, "OpenRepository", path=str(store))
-        number: int = reply["handle"]
-        return number
-
-
-@contextmanager
-def service_at(directory: Path, mounts: FuseMounts) -> Iterator[Service]:
-    path = directory / "socket"
-    with (
-        assembled(StoreOptions(), mounts) as dispatcher,
-        serving(dispatcher, path),
-        ExitStack() as clients,
-    ):
-        yield Service(path, mounts, clients)
 
 
 @pytest.fixture
@@ -83,38 +59,10 @@ def client(service: Service, store: Store) -> RawClient:
     return client
 
 
-def call(client: RawClient, method: str, **parameters: Any) -> Json:
-    """Call a method of the repository interface; return what it returns."""
-    reply = client.call(REPOSITORY + method, **parameters)
-    assert "error" not in reply, reply
-    members: Json = reply.get("parameters", {})
-    return members
-
-
-def fail(client: RawClient, method: str, **parameters: Any) -> str:
-    """Call a method that fails; return the error without the interface, and its message."""
-    reply = client.call(method if "." in method else REPOSITORY + method, **parameters)
-    text = reply["parameters"].get("message", "")
-    return f"{reply['error'].rpartition('.')[2]} {text}".strip()
-
-
 def begin(client: RawClient, *, more: bool = False, **parameters: Any) -> None:
     """Send a ``FuseServe`` that waits."""
     parameters = {"handle": 1, "image": "demo", "wait": True, "options": PLAIN, **parameters}
     client.send(REPOSITORY + "FuseServe", parameters=parameters, more=more)
-
-
-def receive(client: RawClient) -> Json:
-    reply = client.receive()
-    assert reply is not None
-    assert reply.fds == []
-    return reply.members
-
-
-def serve(client: RawClient, mountpoint: Path, **more: Any) -> Json:
-    parameters = {"handle": 1, "image": "demo", "wait": False, "options": PLAIN, **more}
-    mount: Json = call(client, "FuseServe", mountpoint=str(mountpoint), **parameters)["mount"]
-    return mount
 
 
 def wait_until_unmounted(mountpoint: Path) -> None:
@@ -193,36 +141,6 @@ def test_wait_without_more_answers_at_the_end(
     wait_until(lambda: call(other, "ListMounts")["mounts"][0]["state"] == "Serving", "not serving")
     assert call(other, "Unmount", mount_id=1) == {}
     assert receive(client)["parameters"]["mount"]["state"] == "Ended"
-
-
-@pytest.mark.parametrize("lifetime", ["wait", "more", "Connection"])
-def test_lost_connection_unmounts(
-    service: Service, client: RawClient, mnt: Path, lifetime: str
-) -> None:
-    if lifetime == "Connection":
-        serve(client, mnt, options={**PLAIN, "lifetime": "Connection"})
-    else:
-        begin(client, more=lifetime == "more", mountpoint=str(mnt))
-        wait_until(lambda: mounted_at(str(mnt)), "not mounted")
-    other = service.connect()
-    client.close()
-    wait_until_unmounted(mnt)
-    wait_until(lambda: call(other, "ListMounts")["mounts"][0]["state"] == "Ended", "not ended")
-
-
-def test_half_close_and_lasting_mount(service: Service, client: RawClient, mnt: Path) -> None:
-    begin(client, more=True, mountpoint=str(mnt))
-    receive(client)
-    client.channel.shutdown(socket.SHUT_WR)
-    assert (mnt / "small").read_text() == "text"
-    other = service.connect()
-    assert call(other, "Unmount", mount_id=1) == {}
-    assert receive(client)["parameters"]["mount"]["state"] == "Ended"
-    service.open(other, Path(service.path.parent / "store"))
-    serve(other, mnt, handle=2)
-    other.close()
-    assert call(service.connect(), "ListMounts", mount_id=2)["mounts"][0]["state"] == "Serving"
-    assert (mnt / "small").read_text() == "text"
 
 
 def test_killed_supervisor_is_a_failure(client: RawClient, mnt: Path) -> None:
@@ -329,45 +247,6 @@ def test_end_of_the_service_unmounts(tmp_path: Path, store: Store, mnt: Path) ->
     wait_for_end(mount["server_pid"])
     with suppress(OSError):  # its connection was aborted
         file.close()
-
-
-def test_many_mounts_leave_nothing(service: Service, client: RawClient, tmp_path: Path) -> None:
-    places = [tmp_path / str(number) for number in range(8)]
-    for place in places:
-        place.mkdir()
-    descriptors = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        pids = [serve(client, place)["server_pid"] for place in places]
-        for mount in call(client, "ListMounts")["mounts"]:
-            call(client, "Unmount", mount_id=mount["mount_id"])
-        for pid in pids:
-            wait_for_end(pid)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    states = [mount["state"] for mount in call(service.connect(), "ListMounts")["mounts"]]
-    assert states == ["Ended"] * 16
-
-
-def test_many_clients_at_once(service: Service, client: RawClient, tmp_path: Path) -> None:
-    clients = [service.connect() for _ in range(12)]
-    for number, each in enumerate(clients):
-        place = tmp_path / str(number)
-        place.mkdir()
-        begin(
-            each,
-            more=number % 2 == 0,
-            mountpoint=str(place),
-            options={"mode": "Fuse", "workers": 1},
-        )
-    pids = [receive(each)["parameters"]["mount"]["server_pid"] for each in clients[::2]]
-    for each in clients:
-        each.close()
-
-    def states() -> set[str]:
-        return {mount["state"] for mount in call(client, "ListMounts")["mounts"]}
-
-    wait_until(lambda: states() <= {"Ended", "Failed"}, "not ended")
-    for pid in pids:
-        wait_for_end(pid)
 
 
 def test_oneway_serves(client: RawClient, mnt: Path) -> None:
@@ -477,97 +356,3 @@ def test_real_stop_unmounts(tmp_path: Path, store: Store, mnt: Path, systemd: Sy
     wait_for_end(pid)
     assert mounted_at(str(mnt)) is None
     reap(mounts)
-
-
-CONNECT = """
-import os, socket, sys
-os.setgroups([])
-os.setresgid(65534, 65534, 65534)
-os.setresuid(65534, 65534, 65534)
-channel = socket.socket(socket.AF_UNIX)
-channel.connect(sys.argv[2])
-socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"x"], [channel.fileno()])
-"""
-
-
-def connect_as_nobody(path: Path) -> RawClient:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        command = [sys.executable, "-c", CONNECT, str(theirs.fileno()), str(path)]
-        subprocess.run(command, pass_fds=[theirs.fileno()], check=True, timeout=SECONDS)
-        _, (fd,) = receive_fds(ours, 1, 1)
-    channel = socket.socket(fileno=fd)
-    channel.settimeout(SECONDS)
-    return RawClient(channel)
-
-
-@pytest.fixture
-def open_directory() -> Iterator[Path]:
-    """A directory that others reach."""
-    with tempfile.TemporaryDirectory(prefix="cfs-foreign-") as name:
-        directory = Path(name)
-        directory.chmod(0o755)
-        yield directory
-
-
-def as_nobody(*command: str) -> bytes:
-    done = subprocess.run(
-        command, user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, check=True
-    )
-    return done.stdout
-
-
-@pytest.mark.usefixtures("root")
-def test_another_user(open_directory: Path) -> None:
-    store = Store(open_directory)
-    subprocess.run(["chmod", "-R", "a+rX", store.path], check=True)
-    own, others = open_directory / "own", open_directory / "others"
-    for place in (own, others):
-        place.mkdir()
-    os.chown(own, NOBODY, NOBODY)
-    with service_at(open_directory, FuseMounts()) as service, ExitStack() as stack:
-        service.path.chmod(0o666)
-        root = service.connect()
-        service.open(root, store.path)
-        serve(root, others)
-        stack.callback(call, root, "Unmount", mount_id=1)
-        with connect_as_nobody(service.path) as client:
-            handle = service.open(client, store.path)
-            parameters = {
-                "handle": handle,
-                "image": "demo",
-                "wait": False,
-                "options": {"workers": 1},
-            }
-            assert call(client, "ListMounts")["mounts"] == []
-            assert fail(client, "Unmount", mount_id=1) == "NoSuchMount"
-            assert (
-                fail(client, "FuseServe", mountpoint=str(others), **parameters)
-                == "PermissionDenied"
-            )
-            path = str(store.path / "images" / str(store.digest))
-            by_path = {**parameters, "image": path}
-            assert fail(client, "FuseServe", mountpoint=str(own), **by_path) == "PermissionDenied"
-            if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:
-                pytest.skip("/dev/fuse is not open to ordinary users")
-            mount = call(client, "FuseServe", mountpoint=str(own), **parameters)["mount"]
-            assert mount["owner_uid"] == NOBODY
-            (line,) = [
-                line for line in Path("/proc/self/mountinfo").read_text().splitlines()
-                if f" {own} " in line
-            ]  # fmt: skip
-            assert {"nosuid", "nodev", "ro"} <= set(line.split()[5].split(","))
-            assert f"user_id={NOBODY}" in line
-            assert as_nobody("cat", str(own / "small")) == b"text"
-            sessions = Path(f"/proc/{mount['server_pid']}/task/{mount['server_pid']}/children")
-            (session,) = sessions.read_text().split()
-            assert os.stat(f"/proc/{session}").st_uid == NOBODY
-            assert call(client, "Unmount", mount_id=mount["mount_id"]) == {}
-            overlay = {**parameters, "options": {"mode": "FuseOverlay"}}
-            mount = call(client, "FuseServe", mountpoint=str(own), **overlay)["mount"]
-            assert as_nobody("cat", str(own / "small")) == b"text"
-            assert call(client, "Unmount", mount_id=mount["mount_id"]) == {}
-            open_to_all = {**parameters, "options": {"workers": 1, "allow_other": True}}
-            error = fail(client, "FuseServe", mountpoint=str(own), **open_to_all)
-            assert error.startswith("FuseUnavailable allow_other needs user_allow_other")
-        call(root, "Unmount", mount_id=1)

@@ -1,8 +1,7 @@
 """Layers go from our service to that of composefs-rs, and back."""
 
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ from cfs.digest import Algorithm
 from cfs.linux.framing import close_all
 from cfs.repository.repository import init
 from cfs.service.handles import StoreOptions
+from tests.integration.rust_service import serving_rust
 from tests.integration.varlink_replay import whole_service
-from tests.integration.waiting import wait_until
 from tests.oci_layouts import Layout, digest_of, make_tar
-from tests.varlink_client import SECONDS, Json, RawClient, serving
+from tests.varlink_client import Json, RawClient, serving
 
 OCI, REPOSITORY = "org.composefs.Oci", "org.composefs.Repository"
 TAR = make_tar({"usr": None, "usr/tool": b"tool" * 100, "usr/lib": b"lib" * 40_000})
@@ -31,25 +30,6 @@ def clients(rust_words: list[str], tmp_path: Path) -> Iterator[dict[str, RawClie
             name: stack.enter_context(RawClient.connect(str(tmp_path / name)))
             for name in ("ours", "theirs")
         }
-
-
-@contextmanager
-def serving_rust(words: list[str], path: Path) -> Iterator[None]:
-    with subprocess.Popen([*words, "varlink", "--address", path]) as service:
-        try:
-            wait_until(path.is_socket, "no socket")
-            wait_until(lambda: answers(path), "nobody serves")
-            yield
-        finally:
-            service.terminate()
-            service.wait(SECONDS)
-
-
-def answers(path: Path) -> bool:
-    with suppress(ConnectionRefusedError):
-        RawClient.connect(str(path)).close()
-        return True
-    return False
 
 
 def call(client: RawClient, method: str, **parameters: object) -> Json:

@@ -1,6 +1,7 @@
 """``Pull`` of the service from registries that do not answer, and clients that do not wait."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from tests.integration.registry import HostileRegistry, hostile_registry, need
 from tests.integration.varlink_replay import whole_service
 from tests.integration.waiting import wait_until
 from tests.varlink_client import Json, RawClient, serving
+from tests.varlink_process import service_process
 
 OCI, REPOSITORY = "org.composefs.Oci", "org.composefs.Repository"
 
@@ -110,3 +112,47 @@ def test_the_service_ends_while_a_registry_is_waited_for(
         client.close()
         assert children() == before
     hostile.is_open.set()
+
+
+def test_a_pull_ends_with_a_service_that_is_killed(
+    hostile: HostileRegistry, tmp_path: Path
+) -> None:
+    hostile.is_open.clear()
+    hostile.manifest.is_stuck = True
+    init(str(tmp_path / "store"), algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
+    is_killed = threading.Event()
+    with (
+        service_process(tmp_path / "sock", is_killed=is_killed.is_set) as service,
+        service.connect() as client,
+    ):
+        client.send(f"{OCI}.Pull", parameters=wish(hostile, client, tmp_path / "store"))
+        wait_until(hostile.is_asked.is_set, "nobody asks")
+        (puller,) = service.children().split()
+        is_killed.set()
+        service.kill()
+        wait_until(lambda: not is_running_as(puller), "the process of the pull stays")
+    hostile.is_open.set()
+
+
+def test_a_killed_pull_is_an_error(hostile: HostileRegistry, tmp_path: Path) -> None:
+    hostile.is_open.clear()
+    hostile.manifest.is_stuck = True
+    init(str(tmp_path / "store"), algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
+    with service_process(tmp_path / "sock") as service, service.connect() as client:
+        client.send(f"{OCI}.Pull", parameters=wish(hostile, client, tmp_path / "store"))
+        wait_until(hostile.is_asked.is_set, "nobody asks")
+        os.kill(int(service.children()), signal.SIGKILL)
+        reply = client.receive()
+        assert reply is not None
+        assert reply.members["error"] == f"{OCI}.InternalError"
+        assert reply.members["parameters"] == {"message": "the pull ended before its time"}
+        assert "parameters" in client.call(f"{OCI}.GetInfo")
+        hostile.is_open.set()
+
+
+def is_running_as(pid: str) -> bool:
+    """Tell whether a process with modules of ours has this number."""
+    try:
+        return b"pull_process" in Path("/proc", pid, "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False

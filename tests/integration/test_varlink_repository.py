@@ -154,6 +154,26 @@ def test_a_collection_does_not_wait_for_ever_for_other_processes(
     os.close(lock)
 
 
+def test_nobody_waits_for_ever_for_a_locked_store(
+    client: RawClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handles, "_OPEN_WAIT_S", 0)
+    store = str(tmp_path / "store")
+    call(client, "InitRepository", path=store)
+    lock = os.open(store, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for method, name in (
+        ("OpenRepository", "RepoNotFound"),
+        ("InitRepository", "InternalError"),
+        ("EnsureRepository", "InternalError"),
+    ):
+        found = call(client, method, path=store)
+        assert found["error"] == name
+        assert "in use by another process" in found["message"]
+    os.close(lock)
+    assert call(client, "InitRepository", path=store) == {"created": False}
+
+
 def test_a_collection_that_cannot_tell_what_is_needed_fails(
     client: RawClient, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,13 +25,14 @@ from cfs.service.assemble import assembled
 from cfs.service.dispatch import Dispatcher
 from cfs.service.fuse_registry import FuseMounts
 from cfs.service.handles import StoreOptions
+from cfs.service.idl import load_interfaces
 from tests.command_line import run_shell, unpack_tree
+from tests.idl_kinds import wrong_kinds
 from tests.paths import DATA
 from tests.varlink_client import SECONDS, Json, RawClient, Reply, serving
 
+CLOSED = "the connection was closed"
 _GET_INFO = "org.varlink.service.GetInfo"
-
-Assemble = Callable[[StoreOptions], AbstractContextManager[Dispatcher]]
 
 
 @contextmanager
@@ -40,19 +41,62 @@ def whole_service(options: StoreOptions) -> Iterator[Dispatcher]:
         yield dispatcher
 
 
-def replay(
-    name: str,
-    work: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    assemble: Assemble = whole_service,
-) -> list[str]:
-    """Replay a file; return all differences.
+@contextmanager
+def serve_ours(options: StoreOptions, path: Path) -> Iterator[None]:
+    with whole_service(options) as dispatcher, serving(dispatcher, path):
+        yield
+
+
+def wanted_of_us(exchange: Json) -> Json:
+    """Return the exchange with what is wanted of us in the place of what 0.9 does."""
+    if "defect" not in exchange:
+        return exchange
+    kept: Json = {
+        key: exchange[key] for key in ("what", "send", "fds_out", "order") if key in exchange
+    }
+    own = exchange.get("own")
+    if own is None:
+        return {**kept, "any": True}
+    if isinstance(own, list):
+        return {**kept, "answers": own}
+    if own.keys() <= {"closed", "silent"}:
+        return {**kept, **own, "receive": []}
+    return {**kept, "receive": [own]}
+
+
+class Setting(NamedTuple):
+    """How a file is replayed.
+
+    Attributes:
+        serve: starts the service on a socket file.
+        connect: makes a client.
+        wanted: tells what is wanted in the place of a recorded exchange.
+    """
+
+    serve: Callable[[StoreOptions, Path], AbstractContextManager[None]] = serve_ours
+    connect: Callable[[str], RawClient] = RawClient.connect
+    wanted: Callable[[Json], Json] = wanted_of_us
+
+
+def replay(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replay a file with our service; return all differences."""
+    return [
+        f"{number} {exchange['what']}: {difference}"
+        for number, exchange, differences in play(name, work, monkeypatch, Setting())
+        for difference in differences
+    ]
+
+
+def play(
+    name: str, work: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting
+) -> Iterator[tuple[int, Json, list[str]]]:
+    """Replay a file; yield after each line its number, the line and the differences.
 
     Args:
         name: of the file, without its end.
         work: empty directory, which becomes the current one.
         monkeypatch: of pytest.
-        assemble: makes the service.
+        setting: how.
     """
     lines = (DATA / "varlink" / f"{name}.jsonl").read_text().replace("${DIR}", str(work))
     first, *exchanges = [json.loads(line) for line in lines.splitlines()]
@@ -62,14 +106,12 @@ def replay(
     for command in first["setup"]:
         _run_here(command)
     options = StoreOptions(insecure="--insecure" in first["service"])
-    with assemble(options) as dispatcher, serving(dispatcher, work / "sock"):
-        player = _Player(work)
+    with setting.serve(options, work / "sock"):
+        player = _Player(work, setting.connect)
         try:
-            return [
-                f"{number} {exchange['what']}: {difference}"
-                for number, exchange in enumerate(exchanges, 2)
-                for difference in player.play(exchange)
-            ]
+            for number, exchange in enumerate(exchanges, 2):
+                yield number, exchange, list(player.play(exchange, setting.wanted(exchange)))
+            yield 0, {"what": "nothing follows"}, list(player.finish())
         finally:
             player.close()
 
@@ -97,15 +139,16 @@ def _run_here(command: str) -> None:
 class _Player:
     """The connections of a file, by name, each opened when it is used."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, connect: Callable[[str], RawClient]) -> None:
         self._work = work
+        self._connect = connect
         self._clients: dict[str, RawClient] = {}
 
     def close(self) -> None:
         for client in self._clients.values():
             client.close()
 
-    def play(self, exchange: Json) -> Iterator[str]:
+    def play(self, exchange: Json, wanted: Json) -> Iterator[str]:
         """Run an exchange and tell differences."""
         if "shell" in exchange:
             subprocess.run(
@@ -115,17 +158,19 @@ class _Player:
         name = exchange.get("conn", "a")
         client = self._clients.get(name)
         if client is None:
-            client = self._clients[name] = RawClient.connect(str(self._work / "sock"))
+            client = self._clients[name] = self._connect(str(self._work / "sock"))
         with _sent_fds(exchange, self._work) as fds:
             client.send_raw(_encode(exchange), fds)
-        try:
-            yield from _compare(client, _wanted(exchange))
-        except _ClosedError:
-            wanted = _wanted(exchange)
-            if not wanted.get("closed") and "closed" not in wanted.get("answers", ()):
-                yield "the connection was closed"
+        differences = list(compare(client, wanted))
+        yield from differences
+        if is_closed(wanted) or CLOSED in differences:
             del self._clients[name]
             client.close()
+
+    def finish(self) -> Iterator[str]:
+        """Tell what the connections have beside the replies that were wanted."""
+        for client in self._clients.values():
+            yield from compare(client, {"receive": [], "silent": True})
 
 
 class _ClosedError(Exception):
@@ -139,41 +184,56 @@ def _encode(exchange: Json) -> bytes:
     return json.dumps(exchange["send"], ensure_ascii=False).encode() + b"\0"
 
 
-def _wanted(exchange: Json) -> Json:
-    """Return the exchange with what is wanted of us in the place of what 0.9 does."""
-    if "defect" not in exchange:
-        return exchange
-    kept: Json = {key: exchange[key] for key in ("what", "fds_out", "order") if key in exchange}
-    own = exchange.get("own")
-    if own is None:
-        return {**kept, "any": True}
-    if isinstance(own, list):
-        return {**kept, "answers": own}
-    if own.keys() <= {"closed", "silent"}:
-        return {**kept, **own, "receive": []}
-    return {**kept, "receive": [own]}
+def is_closed(wanted: Json) -> bool:
+    """Tell whether the connection is to be closed after an exchange."""
+    return bool(wanted.get("closed")) or "closed" in wanted.get("answers", ())
+
+
+def compare(client: RawClient, wanted: Json) -> Iterator[str]:
+    """Read what follows a message and tell differences from what is wanted."""
+    try:
+        yield from _compare(client, wanted)
+        if is_closed(wanted):
+            yield f"not closed, but {_receive(client).members}"
+    except _ClosedError:
+        if not is_closed(wanted):
+            yield CLOSED
 
 
 def _compare(client: RawClient, wanted: Json) -> Iterator[str]:
-    """Read what follows and tell differences.
-
-    Raises:
-        _ClosedError: the service closed the connection, wanted or not.
-    """
     if "any" in wanted:
-        close_all(_receive_all(client)[-1].fds)
+        yield from _compare_kinds(_receive_all(client), wanted["send"]["method"])
     elif "answers" in wanted:
         yield from _compare_answers(client, wanted["answers"])
     elif wanted.get("order") == "layer":
         yield from _compare_layer(_receive_all(client), wanted)
     elif wanted.get("order") == "progress":
-        *progress, last = _receive_all(client)
-        for reply in progress:
-            if len(reply.members["parameters"]) != 1:
+        replies = _receive_all(client)
+        for reply in replies[:-1]:
+            names = list(reply.members["parameters"])
+            if len(names) != 1 or names == ["completed"] or reply.fds:
                 yield f"not one member: {reply.members}"
-        yield from _differences(last.members, wanted["receive"][-1], "")
+        yield from _compare_kinds(replies, wanted["send"]["method"])
+        yield from _differences(replies[-1].members, wanted["receive"][-1], "")
     else:
         yield from _compare_replies(client, wanted)
+
+
+def _compare_kinds(replies: list[Reply], method: str) -> Iterator[str]:
+    """Tell what the interface does not allow a method to reply."""
+    interface = load_interfaces()[method.rpartition(".")[0]]
+    for reply in replies:
+        close_all(reply.fds)
+        error = reply.members.get("error")
+        if error is None:
+            kind = interface.members[method.rpartition(".")[2]].out_type
+        else:
+            owner, _, name = error.rpartition(".")
+            if owner != interface.name or name not in interface.members:
+                yield f"undeclared: {error}"
+                continue
+            kind = interface.members[name].type
+        yield from wrong_kinds(interface, kind, reply.members.get("parameters", {}), "")
 
 
 def _compare_replies(client: RawClient, wanted: Json) -> Iterator[str]:
@@ -186,8 +246,6 @@ def _compare_replies(client: RawClient, wanted: Json) -> Iterator[str]:
         close_all(reply.fds)
         paths = wanted.get("order", ())
         yield from _differences(_sort(reply.members, paths), _sort(members, paths), "")
-    if wanted.get("closed"):
-        yield f"not closed, but {_receive(client).members}"
     if wanted.get("silent"):
         client.send(_GET_INFO)
         reply = _receive(client)
@@ -197,9 +255,7 @@ def _compare_replies(client: RawClient, wanted: Json) -> Iterator[str]:
 
 def _compare_answers(client: RawClient, answers: list[Any]) -> Iterator[str]:
     for answer in answers:
-        if answer == "closed":
-            yield f"not closed, but {_receive(client).members}"
-        elif answer != "nothing":
+        if answer not in ("closed", "nothing"):
             members = _receive(client).members
             names = members.get("error") or sorted(members["parameters"])
             if names != answer:
@@ -214,14 +270,14 @@ def _compare_layer(replies: list[Reply], wanted: Json) -> Iterator[str]:
             yield f"replies {[reply.members for reply in replies]}"
             return
         with os.fdopen(os.dup(fds[0]), "rb") as pipe:
-            layer = b"".join(_read_layer(pipe, fds[1:]))
+            layer = b"".join(read_layer(pipe, fds[1:]))
         if f"sha256:{hashlib.sha256(layer).hexdigest()}" != wanted["layer"]:
             yield "another layer"
     finally:
         close_all(fds)
 
 
-def _read_layer(pipe: Any, slots: list[int]) -> Iterator[bytes]:
+def read_layer(pipe: Any, slots: list[int]) -> Iterator[bytes]:
     """Yield the pieces of the tar that a splitdirfdstream stands for."""
     while kind := pipe.read(1):
         if kind in (b"\0", b"\1"):
@@ -310,8 +366,8 @@ def _differences(found: Any, expected: Any, where: str) -> Iterator[str]:
         if not _matches(found, expected):
             yield f"{where}: {found!r} is no {expected['$']}"
     elif isinstance(expected, dict) and isinstance(found, dict):
-        if found.keys() != expected.keys():
-            yield f"{where}: {found} has not the members of {expected}"
+        if list(found) != list(expected):
+            yield f"{where}: {found} has not the members of {expected}, in this order"
             return
         for name, value in expected.items():
             yield from _differences(found[name], value, f"{where}.{name}")

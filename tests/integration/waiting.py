@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _SECONDS = 60
@@ -29,6 +30,15 @@ def wait_for_end(pid: int) -> None:
         assert select.select([pidfd], [], [], _SECONDS)[0]
     finally:
         os.close(pidfd)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started and not waited for."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
 
 
 def start_server(command: Sequence[str], scratch: Path, cwd: Path) -> "subprocess.Popen[bytes]":

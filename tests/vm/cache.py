@@ -38,3 +38,13 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     finally:
         os.close(lock)
     return target
+
+
+def remove_old(name: str, kept: int) -> None:
+    """Remove versions of ``NAME-DIGEST`` but for those made last; what is in use stays that long.
+
+    Nobody asks for them again: they were made of sources that have changed.
+    """
+    found = sorted(CACHE.glob(f"{name}-*[0-9a-f]"), key=lambda path: -path.stat().st_mtime)
+    for old in found[kept:]:
+        shutil.rmtree(old, ignore_errors=True)

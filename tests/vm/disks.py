@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tests.paths import CHECKOUT
-from tests.vm.cache import CACHE, Unavailable, made_once
+from tests.vm.cache import CACHE, Unavailable, made_once, remove_old
 from tests.vm.kernel import Kernel
 
 PACKAGE_DIRECTORY = "/opt/cfs"
@@ -29,7 +29,7 @@ _LEFT_OUT = {
 }  # fmt: skip
 _SECONDS = 300
 _HERE = Path(__file__).parent
-_INIT = """#!/bin/busybox sh
+INIT = """#!/bin/busybox sh
 export PATH=/bin
 busybox mount -t devtmpfs none /dev
 exec </dev/console >/dev/console 2>&1
@@ -71,8 +71,8 @@ def find_command(name: str) -> str:
     return found
 
 
-def get_initramfs(kernel: Kernel) -> Path:
-    """Return the archive that loads the modules and changes to the system disk."""
+def get_initramfs(kernel: Kernel, init: str = INIT) -> Path:
+    """Return the archive with the modules, and the script that changes to the system disk."""
 
     def make(target: Path) -> None:
         root = target / "root"
@@ -81,13 +81,13 @@ def get_initramfs(kernel: Kernel) -> Path:
         shutil.copy(find_command("busybox"), root / "bin/busybox")
         for module in kernel.modules.iterdir():
             shutil.copy(module, root / "modules")
-        _write_program(root / "init", _INIT)
+        _write_program(root / "init", init)
         names = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))
         with (target / "initramfs").open("wb") as archive:
             _call("busybox", "cpio", "-o", "-H", "newc", cwd=root, stdin=names, stdout=archive)
         shutil.rmtree(root)
 
-    return _cached("initramfs", [_INIT, kernel.image.stat().st_mtime_ns], make)
+    return cached("initramfs", [init, kernel.image.stat().st_mtime_ns], make)
 
 
 def get_system_disk() -> Path:
@@ -119,9 +119,9 @@ def get_system_disk() -> Path:
             sites=":".join(sites),
         )
         _write_program(root / "init", script)
-        _make_erofs(root, target / "system")
+        make_erofs(root, target / "system", "--all-root")
 
-    return _cached("system", inputs, make)
+    return cached("system", inputs, make)
 
 
 def get_package_disk() -> Path:
@@ -159,9 +159,9 @@ def get_package_disk() -> Path:
             PACKAGE_DIRECTORY,
             root,
         )
-        _make_erofs(root, target / "package")
+        make_erofs(root, target / "package", "--all-root")
 
-    return _cached("package", inputs, make)
+    return cached("package", inputs, make)
 
 
 def _console_scripts() -> Iterator[tuple[str, str]]:
@@ -171,21 +171,15 @@ def _console_scripts() -> Iterator[tuple[str, str]]:
         yield name, target.removesuffix(":main")
 
 
-def _cached(name: str, inputs: Iterable[object], make: Callable[[Path], None]) -> Path:
-    """Return the file that ``make`` leaves below this name, made once for the same inputs.
-
-    Older ones go: nobody asks for them again, and one that is in use stays until it is closed.
-    """
+def cached(
+    name: str, inputs: Iterable[object], make: Callable[[Path], None], *, kept: int = 4
+) -> Path:
+    """Return the file that ``make`` leaves below this name, made once for the same inputs."""
     digest = hashlib.sha256(repr([*inputs, Path(__file__).read_bytes()]).encode()).hexdigest()[:16]
     directory = made_once(CACHE / f"{name}-{digest}", make)
     os.utime(directory)
-    others = sorted(CACHE.glob(f"{name}-*[0-9a-f]"), key=lambda path: -path.stat().st_mtime)
-    for other in others[_KEPT:]:
-        shutil.rmtree(other, ignore_errors=True)
+    remove_old(name, kept)
     return directory / name
-
-
-_KEPT = 4
 
 
 def _call(*command: str | Path, **options: object) -> None:
@@ -298,6 +292,7 @@ def _write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def _make_erofs(root: Path, image: Path) -> None:
-    _call(find_command("mkfs.erofs"), "--all-root", "--quiet", image, root)
+def make_erofs(root: Path, image: Path, *options: str) -> None:
+    """Make an image of a directory, which is removed."""
+    _call(find_command("mkfs.erofs"), "--quiet", *options, image, root)
     shutil.rmtree(root)

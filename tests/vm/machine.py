@@ -15,7 +15,7 @@ from tests.vm.cache import Unavailable
 from tests.vm.disks import find_command, get_initramfs, get_package_disk, get_system_disk
 from tests.vm.kernel import get_kernel
 
-__all__ = ["Done", "Machine", "MachineEnded", "Unavailable", "prepare"]
+__all__ = ["Done", "Machine", "MachineEnded", "System", "Unavailable", "prepare"]
 
 _BOOT_SECONDS = 120
 _COMMAND_SECONDS = 60
@@ -57,6 +57,20 @@ class Done(NamedTuple):
         return self.stdout.decode()
 
 
+class System(NamedTuple):
+    """What a machine boots.
+
+    Attributes:
+        initramfs: archive.
+        disks: read-only, from ``/dev/vda`` on.
+        arguments: more of them for the kernel.
+    """
+
+    initramfs: Path
+    disks: Sequence[Path]
+    arguments: str = ""
+
+
 class Machine:
     """A booted machine; ``/dev/vdc`` and so on are the disks.
 
@@ -65,24 +79,28 @@ class Machine:
     Args:
         directory: for the console's log.
         disks: image files, written to as the guest writes.
+        system: what it boots; None: this machine's Python and cfs.
 
     Raises:
         Unavailable: QEMU, the kernel or something else is missing here.
     """
 
-    def __init__(self, directory: Path, disks: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, directory: Path, disks: Sequence[Path] = (), *, system: System | None = None
+    ) -> None:
         kernel = get_kernel()
+        system = system or System(get_initramfs(kernel), [get_system_disk(), get_package_disk()])
         self.console = directory / "console.log"
         self._socket, theirs = socket.socketpair()
-        drives = [(get_system_disk(), "on"), (get_package_disk(), "on")]
+        drives = [(disk, "on") for disk in system.disks]
         drives += [(disk, "off") for disk in disks]
         command = [
             find_command("qemu-system-x86_64"),
             *("-machine", "pc,accel=tcg", "-cpu", "max"),
             *("-m", str(_MEMORY_MB), "-nodefaults", "-no-user-config", "-display", "none"),
             *("-no-reboot", "-serial", f"file:{self.console}"),
-            *("-kernel", str(kernel.image), "-initrd", str(get_initramfs(kernel))),
-            *("-append", _KERNEL_ARGUMENTS),
+            *("-kernel", str(kernel.image), "-initrd", str(system.initramfs)),
+            *("-append", f"{_KERNEL_ARGUMENTS} {system.arguments}"),
             *("-chardev", f"socket,id=agent,fd={theirs.fileno()}"),
             *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent"),
         ]

@@ -47,10 +47,10 @@ def print_copied(
     shown = f"@{image.digest}" if image.tag is None else image.tag
     click.echo(f"Copied image {escape(shown)} from {escape(source)} to destination repo{tagged}")
     manifest_digest, manifest_stream, config_digest, config_stream = ids
-    click.echo(f"Manifest digest: {manifest_digest}")
-    click.echo(f"Manifest verity: {manifest_stream}")
-    click.echo(f"Config digest:   {config_digest}")
-    click.echo(f"Config verity:   {config_stream}")
+    click.echo(f"Manifest digest: {escape(str(manifest_digest))}")
+    click.echo(f"Manifest verity: {escape(str(manifest_stream))}")
+    click.echo(f"Config digest:   {escape(str(config_digest))}")
+    click.echo(f"Config verity:   {escape(str(config_stream))}")
 
 
 def open_source(ctx: click.Context, path: str) -> "Repository":

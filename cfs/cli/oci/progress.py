@@ -53,7 +53,7 @@ class PullProgress:
             case Message(text):
                 self._draw(escape(text))
             case Skipped(name):
-                self._draw(f"{name[:_ID_SIZE]} is there")
+                self._draw(f"{_show(name)} is there")
             case Started(name, size):
                 self._layers[name] = _Layer(size)
                 self._draw()
@@ -63,7 +63,7 @@ class PullProgress:
                     self._draw()
             case Done(name):
                 layer = self._layers.pop(name)
-                self._draw(f"{name[:_ID_SIZE]} stored, {layer.size / _MEGABYTE:.1f} MB")
+                self._draw(f"{_show(name)} stored, {layer.size / _MEGABYTE:.1f} MB")
 
     def _draw(self, line: str | None = None) -> None:
         """Write a line that stays, and those of the layers below it."""
@@ -93,9 +93,11 @@ def _terminal_size() -> tuple[int, int]:
     return columns or 80, rows or 24  # a serial line knows nothing
 
 
+def _show(name: str) -> str:
+    return escape(name[:_ID_SIZE])
+
+
 def _format(name: str, layer: _Layer) -> str:
     share = min(layer.nr_read / layer.size, 1) if layer.size else 0
     bar = "#" * int(share * _BAR_WIDTH)
-    return (
-        f"{name[:_ID_SIZE]} [{bar:.<{_BAR_WIDTH}}] {share:4.0%} of {layer.size / _MEGABYTE:.1f} MB"
-    )
+    return f"{_show(name)} [{bar:.<{_BAR_WIDTH}}] {share:4.0%} of {layer.size / _MEGABYTE:.1f} MB"

@@ -156,15 +156,15 @@ def _describe(pulled: "Pulled") -> PulledText:
 def print_pulled(pulled: PulledText, *, quiet: bool, is_expected: bool) -> None:
     """Print what a pull has stored; how a boot image was made only if one was expected."""
     if quiet:
-        print(pulled.manifest_digest)
+        print(escape(pulled.manifest_digest))
         return
-    print(f"manifest {pulled.manifest_digest}")
-    print(f"config   {pulled.config_digest}")
-    print(f"verity   {pulled.verity}")
+    print(f"manifest {escape(pulled.manifest_digest)}")
+    print(f"config   {escape(pulled.config_digest)}")
+    print(f"verity   {escape(pulled.verity)}")
     if pulled.tag is not None:
         print(f"tagged   {escape(pulled.tag)}")
     print(f"objects  {escape(pulled.statistics)}")
     if pulled.boot is not None:
         digest, mode, version = pulled.boot
         how = f" (xattr-mode={mode}, format-version={version})"
-        print(f"Boot image: {digest}{how if is_expected else ''}")
+        print(escape(f"Boot image: {digest}{how if is_expected else ''}"))

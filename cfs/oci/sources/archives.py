@@ -20,7 +20,7 @@ from cfs.errors import (
     NotFoundError,
     explaining,
 )
-from cfs.linux.files import owned
+from cfs.linux.files import open_path, owned
 from cfs.oci.compression import decompress, detect_compression
 from cfs.oci.manifest import Compression
 from cfs.oci.sources import SourceOptions
@@ -156,7 +156,7 @@ def open_archive(path: str) -> Iterator[TarFiles]:
     """
     with ExitStack() as stack:
         try:
-            fd = owned(stack, os.open(path, _OPEN_ARCHIVE))
+            fd = owned(stack, open_path(path, _OPEN_ARCHIVE))
         except (FileNotFoundError, NotADirectoryError) as error:
             msg = f"Opening archive {path}: {error.strerror}"
             raise NotFoundError(msg) from None

@@ -10,13 +10,14 @@ import fcntl
 import os
 import re
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from cfs.errors import IntegrityError, NotFoundError, UnsupportedError
-from cfs.linux.files import openat2, owned
+from cfs.linux.files import open_path, openat2, owned
 from cfs.linux.mountinfo import mounted_at
 from cfs.oci.layers import ImportedLayer
 from cfs.oci.manifest import (
@@ -30,7 +31,7 @@ from cfs.oci.manifest import (
     layer_type,
 )
 from cfs.oci.reference import check_content, digest_of
-from cfs.oci.sources import LocalFetch, SourceOptions
+from cfs.oci.sources import LocalFetch, SourceOptions, Stopper
 from cfs.oci.sources.storage_files import (
     DATA,
     LAYERS,
@@ -57,6 +58,7 @@ _SYSTEM_ROOT = "/var/lib/containers/storage"
 _ADDITIONAL = "additionalimagestore"
 _IMAGE_ID = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _MAX_LIST_SIZE = 64 << 20  # of images.json and layers.json, bytes
+_LOCK_PAUSE_S = 0.05
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
 
@@ -174,7 +176,7 @@ def open_containers_storage(rest: str, options: SourceOptions) -> Iterator[Stora
             root = _open_root(path, stack)
             image = None if root is None else _find_image(root, rest)
             if root is not None and image is not None:
-                _lock(root, stack)
+                _lock(root, stack, options.stopper)
                 yield StorageSource(root, image, zerocopy=zerocopy)
                 return
     msg = f"Failed to find image {rest} in any storage"
@@ -198,7 +200,7 @@ def _list_roots(environment: Mapping[str, str]) -> Iterator[str]:
 def _open_root(path: str, stack: ExitStack) -> int | None:
     """Return the directory of a storage, None if that is none."""
     try:
-        root = owned(stack, os.open(path, OPEN_DIRECTORY | os.O_CLOEXEC))
+        root = owned(stack, open_path(path, OPEN_DIRECTORY))
         for name in (_IMAGES, LAYERS, DATA):
             os.stat(name, dir_fd=root)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -206,11 +208,21 @@ def _open_root(path: str, stack: ExitStack) -> int | None:
     return root
 
 
-def _lock(root: int, stack: ExitStack) -> None:
+def _lock(root: int, stack: ExitStack, stopper: Stopper) -> None:
     """Keep those away who change layers; they lock the same file for writing."""
-    with suppress(FileNotFoundError):
+    try:
         fd = owned(stack, openat2(root, f"{LAYERS}/layers.lock".encode(), OPEN_FILE))
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+    except FileNotFoundError:
+        return
+    lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+        except BlockingIOError:  # whoever has it may keep it for ever
+            stopper.check()
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            return
 
 
 def _find_image(root: int, name: str) -> bytes | None:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import BinaryIO, Protocol
 
 from cfs.errors import FormatError, IntegrityError, InvalidRequestError, NotFoundError
-from cfs.linux.files import Resolve, naming, openat2
+from cfs.linux.files import Resolve, naming, open_path, openat2
 from cfs.oci.manifest import MAX_DOCUMENT_SIZE, Descriptor, Index, Manifest, Platform
 from cfs.oci.sources import SourceOptions
 from cfs.oci.sources.selection import choose_manifest, load_manifest, wanted_platform
@@ -110,7 +110,7 @@ def open_layout(rest: str, options: SourceOptions) -> Iterator[LayoutSource]:
         msg = f"Invalid empty name in oci:{rest}"
         raise InvalidRequestError(msg)
     try:
-        fd = os.open(path, _OPEN_DIRECTORY)
+        fd = open_path(path, _OPEN_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError) as error:
         msg = f"Opening OCI layout directory {path}: {error.strerror}"
         raise NotFoundError(msg) from None
@@ -162,7 +162,7 @@ class _Directory:
     def _open(self, path: str) -> int:
         directory, _, name = path.rpartition("/")
         # as composefs-rs: the directories themselves may be links, to blobs that layouts share
-        parent = os.open(directory or ".", _OPEN_DIRECTORY, dir_fd=self._fd)
+        parent = open_path(directory or ".", _OPEN_DIRECTORY, dir_fd=self._fd)
         try:
             resolve = Resolve.BENEATH | Resolve.NO_MAGICLINKS
             return openat2(parent, name.encode(), _OPEN_FILE, resolve=resolve)

@@ -8,7 +8,8 @@ import pytest
 
 from cfs import Algorithm, repository, tree
 from cfs.cli import completion, completion_names
-from cfs.cli.completion import Candidates, complete
+from cfs.cli.completion import complete
+from cfs.cli.completion_names import Candidates
 from cfs.oci import SourceOptions
 from cfs.oci.pull import pull
 from cfs.oci.tags import set_tag
@@ -59,6 +60,13 @@ def words(*line: str) -> list[str]:
         (["fuse-serve", "-o", "mode=plain,verify=r"], ["mode=plain,verify=require"]),
         (["unknown", ""], None),
         (["mount", "--", "-"], []),
+        (["mkcomposefs", "--print"], ["--print-digest", "--print-digest-only"]),
+        (["mkcomposefs", "--dig"], ["--digest-store="]),
+        (["composefs-info", ""], ["ls", "dump", "objects", "missing-objects", "measure-file"]),
+        (["composefs-info", "--"], ["--basedir=", "--filter="]),
+        (["mount.composefs", "image", "dir", "-o", "ro,up"], ["ro,upperdir="]),
+        (["mount.composefs", "-o", "r"], ["ro", "rw"]),
+        (["mount.fuse.composefs", "-o", "ver"], ["verity"]),
     ],
 )
 def test_words_of_the_command_line(line: list[str], expected: list[str] | None) -> None:
@@ -86,10 +94,29 @@ def test_hidden_options_and_commands_are_not_offered() -> None:
         (["oci", "pull", "--authfile", ""], "files"),
         (["fuse-serve", "--basedir", ""], "directories"),
         (["init", "path", ""], "nothing"),
+        (["--connect="], "files"),
+        (["mkcomposefs", ""], "files"),
+        (["mkcomposefs", "--digest-store=/"], "files"),
+        (["composefs-info", "ls", ""], "files"),
+        (["mount.composefs", "/"], "files"),
+        (["mount.composefs", "-o", "ro", "image", "/"], "directories"),
     ],
 )
 def test_what_the_shell_completes_itself(line: list[str], kind: str) -> None:
     assert complete(line) == Candidates(kind, [])
+
+
+def test_addresses_of_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"unix:{tmp_path}/composefs/composefs.sock"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert address not in words("--connect", "")
+    (tmp_path / "composefs").mkdir()
+    (tmp_path / "composefs/composefs.sock").touch()
+    assert {address, "images"} <= set(words("--connect", ""))
+    assert words("--connect", "unix:/" + str(tmp_path)[1:]) == [address]
+    assert words("--connect=unix:/" + str(tmp_path)[1:]) == [f"--connect={address}"]
+    assert words("--connect", address, "imag") == ["images", "image-objects"]
+    assert complete(["--connect", "./s"]) == Candidates("files", [])
 
 
 def test_names_of_images(store: str) -> None:

@@ -39,9 +39,10 @@ TIMEOUT = 20
 
 
 class Peer:
-    """Accepts one connection, answers each call, and remembers them."""
+    """Accepts connections, one after the other, answers each call, and remembers them."""
 
-    def __init__(self, path: Path, answer: Answer) -> None:
+    def __init__(self, path: Path, answer: Answer, nr_connections: int) -> None:
+        self._nr_connections = nr_connections
         self.calls: list[dict[str, Any]] = []
         self.address = f"unix:{path}"
         self._answer = answer
@@ -53,7 +54,12 @@ class Peer:
         self.thread.start()
 
     def _serve(self) -> None:
-        with self._listener, self._listener.accept()[0] as channel:
+        with self._listener:
+            for _ in range(self._nr_connections):
+                self._answer_all(self._listener.accept()[0])
+
+    def _answer_all(self, channel: socket.socket) -> None:
+        with channel:
             channel.settimeout(TIMEOUT)
             data = b""
             while True:
@@ -78,8 +84,8 @@ class Peer:
 
 
 @contextmanager
-def serving(path: Path, answer: Answer) -> Iterator[Peer]:
-    peer = Peer(path, answer)
+def serving(path: Path, answer: Answer, nr_connections: int = 1) -> Iterator[Peer]:
+    peer = Peer(path, answer, nr_connections)
     try:
         yield peer
     finally:
@@ -186,7 +192,7 @@ def test_errors_leave_the_connection_usable(tmp_path: Path, run: Runner) -> None
         found = run(peer.address, methods)
     assert [type(each) for each in found[:3]] == [NoSuchRefError, InternalError, VarlinkError]
     assert list(map(str, found[:3])) == [
-        'NoSuchRef: reference "refs/a\\nb"', "InternalError: it broke", "Else",
+        "image not found: refs/a\nb", "it broke", "Else",
     ]  # fmt: skip
     assert found[0].parameters == {"reference": "refs/a\nb"}
 
@@ -370,6 +376,89 @@ def test_cancelled_and_concurrent_calls(tmp_path: Path) -> None:
         asyncio.run(run())
 
 
+def test_closing_ends_a_call_of_another_task(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with AsyncClient(peer.address) as client:
+            waiting = asyncio.create_task(client.call(Inspect(1, "never")))
+            second = asyncio.create_task(client.call(GetInfo()))
+            await asyncio.to_thread(asked.wait, TIMEOUT)
+            client.close()
+            for task in (waiting, second):
+                with pytest.raises(ConnectionLostError, match="closed"):
+                    await task
+
+    asked = threading.Event()
+    with serving(tmp_path / "s", lambda *_: asked.set()) as peer:
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", [asyncio.CancelledError, ConnectionLostError])
+def test_a_call_that_ends_within_a_reply_closes_its_descriptors(
+    tmp_path: Path, end: type[BaseException]
+) -> None:
+    def answer(channel: socket.socket, _: dict[str, Any], __: list[int]) -> None:
+        socket.send_fds(channel, [b'{"parameters":'], [marked.fileno()] * 3)
+
+    def nr_received() -> int:
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.exists(link) and os.path.samefile(link, marked.name) for link in links)
+
+    async def run() -> None:
+        async with AsyncClient(peer.address) as client:
+            task = asyncio.create_task(client.call(Mount(1, "x")))
+            async with asyncio.timeout(TIMEOUT):
+                while nr_received() < 4:
+                    await asyncio.sleep(0.001)
+            if end is asyncio.CancelledError:
+                task.cancel()
+            else:
+                client.close()
+            with pytest.raises(end):
+                await task
+
+    with (tmp_path / "file").open("w") as marked, serving(tmp_path / "s", answer) as peer:
+        asyncio.run(run())
+        assert nr_received() == 1
+
+
+def test_text_of_errors(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(300):
+        deep = [deep]
+    texts = {
+        ("Repository.MountBusy", '{"mount_id": 3}'): "mount 3 is in use",
+        ("Repository.MountBusy", '{"number": 3}'): 'MountBusy {"number": 3}',
+        ("Repository.MountBusy", "{}"): "MountBusy",
+        ("Oci.InternalError", '{"message": ""}'): "InternalError",
+        ("Oci.InternalError", json.dumps({"message": "x" * 3000})): "x" * 2048 + "…",
+    }
+    for number, ((name, parameters), text) in enumerate(texts.items()):
+        reply = f'{{"error": "org.composefs.{name}", "parameters": {parameters}}}'.encode()
+        with serving(tmp_path / str(number), replying(reply)) as peer:
+            assert list(map(str, run_blocking(peer.address, [GetInfo()]))) == [text]
+    assert str(InternalError("org.composefs.Oci.InternalError", {"message": deep}))
+
+
+def test_kinds_of_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reply: Any = {"parameters": {"features": []}}
+    for name in ("@x", "a;b"):
+        with serving(Path(name), replying(reply)):
+            run_blocking(f"./{name}", [GetInfo()])
+    with serving(Path("@y"), replying(reply)):
+        run_blocking("@y", [GetInfo()])
+    with serving(Path("z"), replying(reply)):
+        run_blocking("unix:z;mode=0600", [GetInfo()])
+    with socket.socket(socket.AF_UNIX) as listener:
+        name = f"cfs-test-{os.getpid()}"
+        listener.bind(f"\0{name}")
+        listener.listen()
+        Client(f"unix:@{name}").close()
+    for address in ("", "unix:", "unix:@", "unix:;x", "exec:/x", "ssh:x", "a\0b"):
+        with pytest.raises(InvalidRequestError, match="expected unix:PATH"):
+            Client(address)
+
+
 def test_opened_gives_the_handle_back_whatever_happens(tmp_path: Path) -> None:
     reply = {"parameters": {"handle": 7, "hash_algorithm": "sha256"}}
     with serving(tmp_path / "s", replying(reply)) as peer, Client(peer.address) as client:
@@ -381,6 +470,45 @@ def test_opened_gives_the_handle_back_whatever_happens(tmp_path: Path) -> None:
         "OpenRepository", "CloseRepository", "OpenRepository",
     ]  # fmt: skip
     assert peer.calls[1]["parameters"] == {"handle": 7}
+
+
+def test_an_interrupted_call_leaves_no_store_open(tmp_path: Path) -> None:
+    """The connection has gone then; the store, which outlives it, is closed by another one."""
+
+    def answer(channel: socket.socket, call: dict[str, Any], _: list[int]) -> None:
+        if "OpenRepository" in call["method"]:
+            channel.sendall(b'{"parameters":{"handle":7}}\0')
+        elif "Inspect" in call["method"]:
+            asked.set()
+
+    async def run_cancelled() -> None:
+        async def work() -> None:
+            async with AsyncClient(address) as client, client.opened("/x") as store:
+                await client.call(Inspect(store.handle, "never"))
+
+        task = asyncio.create_task(work())
+        await asyncio.to_thread(asked.wait, TIMEOUT)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    def run_timed_out() -> None:
+        with (
+            pytest.raises(ConnectionLostError, match="silent"),
+            Client(address, timeout=0.05) as client,
+            client.opened("/x") as store,
+        ):
+            client.call(Inspect(store.handle, "never"))
+
+    for number, run in enumerate((lambda: asyncio.run(run_cancelled()), run_timed_out)):
+        asked = threading.Event()
+        with serving(tmp_path / str(number), answer, nr_connections=2) as peer:
+            address = peer.address
+            run()
+        assert [call["method"].rpartition(".")[2] for call in peer.calls] == [
+            "OpenRepository", "Inspect", "CloseRepository",
+        ]  # fmt: skip
+        assert peer.calls[2]["oneway"]
 
 
 def test_a_large_call_passes(tmp_path: Path) -> None:

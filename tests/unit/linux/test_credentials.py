@@ -1,5 +1,6 @@
 """A thread takes over the rights of a user, and only that thread."""
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cfs.linux.credentials import Credentials, acting_as
+from cfs.linux.files import open_path
 
 SOMEBODY = Credentials(uid=54321, gid=54322, groups=frozenset({54323, 54324}))
 
@@ -106,3 +108,37 @@ def test_an_ordinary_process_may_not() -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_the_process_has_open_is_out_of_reach(tmp_path: Path) -> None:
+    """The directory itself is open to all, but the way to it is not."""
+    hidden = tmp_path / "closed" / "hidden"
+    hidden.mkdir(parents=True)
+    (hidden / "file").touch()
+    (tmp_path / "closed").chmod(0o700)
+    tmp_path.chmod(0o755)
+    fd = os.open(hidden, os.O_PATH)
+    link = tmp_path / "link"
+    link.symlink_to(f"/proc/self/fd/{fd}")
+    ways = [f"/proc/self/fd/{fd}/file", f"/dev/fd/{fd}/file"]
+    for way in (*ways, f"{link}/file"):
+        os.close(open_path(way, os.O_RDONLY))
+    os.close(open_path("/usr/../usr", os.O_PATH))
+    reached = os.open(tmp_path, os.O_PATH)
+    with acting_as(SOMEBODY):
+        for way in ways:
+            with pytest.raises(OSError, match="symbolic links") as caught:
+                open_path(way, os.O_RDONLY)
+            assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, way)
+        with pytest.raises(OSError, match="symbolic links"):
+            open_path(b"link/file", os.O_RDONLY, dir_fd=reached)
+        with pytest.raises(PermissionError):
+            open_path(".", os.O_PATH)
+        with pytest.raises(PermissionError):
+            open_path(str(hidden / "file"), os.O_RDONLY)
+        with pytest.raises(FileNotFoundError):
+            open_path("", os.O_RDONLY)
+        os.close(open_path("/usr", os.O_RDONLY | os.O_DIRECTORY))
+        os.close(open_path("file", os.O_RDONLY, dir_fd=fd))  # opened for him on purpose
+    os.close(fd)
+    os.close(reached)

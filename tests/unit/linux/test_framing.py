@@ -4,6 +4,7 @@ import array
 import os
 import resource
 import socket
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -77,6 +78,17 @@ def test_a_long_message_passes_in_pieces(pair: tuple[socket.socket, socket.socke
     assert len(message.fds) == 1
     close_all(message.fds)
     close_all(fds)
+
+
+def test_what_was_sent_is_forgotten(pair: tuple[socket.socket, socket.socket]) -> None:
+    writer = MessageWriter(pair[0])
+    tracemalloc.start()
+    writer.start(b"x" * (1 << 20))
+    while not writer.send():
+        pair[1].recv(1 << 20)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 1 << 19
 
 
 @pytest.mark.parametrize("data", [b"12345\0", b"123456"])

@@ -52,6 +52,25 @@ def test_nobody_leads_us_elsewhere(
             detach_mount(there)
 
 
+@pytest.mark.parametrize("take_away", [unmount, detach_mount])
+def test_only_the_mount_that_is_meant(
+    take_away: Callable[[str, int], None], mounts: list[int], tmp_path: Path
+) -> None:
+    """Another mount is at the place by now."""
+    ours, others = (os.fstat(fd).st_dev for fd in mounts)
+    attach_mount(mounts[1], str(tmp_path))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+            take_away(str(tmp_path), ours)
+        assert mounted_at(str(tmp_path)) == others
+        os.close(mounts.pop())  # it would be in use
+        take_away(str(tmp_path), others)
+        assert mounted_at(str(tmp_path)) != others
+    finally:
+        with suppress(OSError):
+            detach_mount(str(tmp_path))
+
+
 def test_order_of_making_does_not_tell_what_lies_on_top(mounts: list[int], tmp_path: Path) -> None:
     first, second = mounts
     attach_mount(second, str(tmp_path))

@@ -26,6 +26,8 @@ from cfs.oci.sources import (
     ImportingSource,
     LocalFetch,
     SourceOptions,
+    StoppedError,
+    Stopper,
     containers_storage,
     open_source,
     storage_files,
@@ -319,6 +321,20 @@ def test_the_lock_is_held(storage: Storage) -> None:
         with open_source("containers-storage:im", AUTO):
             assert find_lock() == fcntl.F_RDLCK
         assert find_lock() == fcntl.F_UNLCK
+
+
+def test_who_waits_for_the_lock_can_be_stopped(storage: Storage) -> None:
+    storage.add_image("one", [FIRST])
+    stopper = Stopper()
+    options = SourceOptions(local_fetch=LocalFetch.AUTO, stopper=stopper)
+    with (storage.path / "overlay-layers/layers.lock").open("r+b") as other:
+        fcntl.lockf(other, fcntl.LOCK_EX)  # of a process; ours belongs to an open file
+        stopper.stop()
+        with (
+            pytest.raises(StoppedError),
+            open_source("containers-storage:one", options),
+        ):
+            pass
 
 
 def test_zerocopy_never_copies(storage: Storage, repository: Repository) -> None:

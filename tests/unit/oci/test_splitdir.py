@@ -35,6 +35,15 @@ def test_format() -> None:
     assert format_chunk(File(5, 7, b"xx/y")) == (b"\2\5\0\0\0\0\0\0\0\7\0\0\0\4\0\0\0xx/y")
 
 
+@pytest.mark.parametrize("kind", [b"\0", b"\1"])
+def test_streams_of_nothing_have_an_end(kind: bytes) -> None:
+    empty = kind + bytes(4)
+    for data in (empty * (1 << 16), (empty * 60_000 + format_chunk(Inline(b"a"))) * 2):
+        assert len(read(data)) > 0 or kind == b"\0"
+    with pytest.raises(FormatError, match="empty chunks"):
+        read(empty * ((1 << 16) + 1))
+
+
 def test_long_inline_data_comes_in_pieces() -> None:
     data = bytes(range(256)) * 1000
     chunks = read(format_chunk(Inline(data)))

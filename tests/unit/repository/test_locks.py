@@ -14,7 +14,7 @@ import pytest
 
 from cfs.errors import BusyError
 from cfs.repository import locks
-from cfs.repository.locks import LockedDirectory, open_shared
+from cfs.repository.locks import LockedDirectory, lock_soon, open_shared
 
 SECONDS = 30
 
@@ -318,3 +318,20 @@ def test_collection_comes_though_the_store_is_always_in_use(
         stop.set()
     for user in users:
         user.result(SECONDS)
+
+
+def test_nobody_waits_for_ever_for_a_short_lock(
+    store: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+) -> None:
+    ours, theirs = (os.open(store, os.O_RDONLY) for _ in range(2))
+    fcntl.flock(theirs, fcntl.LOCK_EX)
+    waiting = pool.submit(lock_soon, ours)
+    fcntl.flock(theirs, fcntl.LOCK_UN)
+    waiting.result(SECONDS)
+    fcntl.flock(ours, fcntl.LOCK_UN)
+    fcntl.flock(theirs, fcntl.LOCK_EX)
+    monkeypatch.setattr(locks, "_PATIENCE_S", 0.01)
+    with pytest.raises(BusyError):
+        lock_soon(ours)
+    os.close(ours)
+    os.close(theirs)

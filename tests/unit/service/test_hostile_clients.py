@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import select
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from cfs.service import connection, server
 from cfs.service.dispatch import Dispatcher
 from tests.unit.service.transport import REPOSITORY, FakeRepository
-from tests.varlink_client import RawClient, serving
+from tests.varlink_client import SECONDS, RawClient, serving
 
 CLOSE = f"{REPOSITORY}.CloseRepository"
 OBJECTS = f"{REPOSITORY}.ImageObjects"
@@ -125,6 +127,65 @@ def test_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             except (BrokenPipeError, ConnectionResetError):
                 found = None
             assert (found is not None) == is_accepted
+
+
+def test_replies_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are as many as there is memory for; whoever asks for more is shown out."""
+    monkeypatch.setattr(server, "_MEMORY_PER_UID", 64 << 20)
+    path = tmp_path / "sock"
+    with serving(Dispatcher({REPOSITORY: FakeRepository()}), path), ExitStack() as stack:
+        clients = [stack.enter_context(RawClient.connect(str(path))) for _ in range(10)]
+        for client in clients:
+            client.send(OBJECTS, parameters={"handle": 15 << 20, "name": "x"})
+        poll = select.poll()
+        for client in clients:
+            poll.register(client.channel, 0)  # its end is always told
+        closed: set[int] = set()
+        while len(closed) < len(clients) - 2:
+            ended = poll.poll(SECONDS * 1000)
+            assert ended
+            for fd, _ in ended:
+                poll.unregister(fd)
+                closed.add(fd)
+        for client in clients:
+            assert (client.receive() is None) == (client.channel.fileno() in closed)
+
+
+def test_what_is_too_long_to_be_a_name(client: RawClient) -> None:
+    """It is refused before any method looks at it, and errors do not repeat it."""
+    refusal = {
+        "error": "org.varlink.service.InvalidParameter", "parameters": {"parameter": "name"},
+    }  # fmt: skip
+    for size, is_accepted in ((1 << 16, True), ((1 << 16) + 1, False), (1 << 24, False)):
+        found = client.call(OBJECTS, handle=1, name="x" * size)
+        assert (found != refusal) == is_accepted
+    found = client.call("org.composefs.Repository." + "x" * (1 << 24))
+    assert found["error"] == "org.varlink.service.MethodNotFound"
+    assert len(found["parameters"]["method"]) == 1024
+
+
+def test_descriptors_of_messages_that_never_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_FDS_PER_UID", 300)
+    path = tmp_path / "sock"
+    with (
+        serving(Dispatcher({REPOSITORY: FakeRepository()}), path),
+        RawClient.connect(str(path)) as first,
+        RawClient.connect(str(path)) as second,
+        open(os.devnull) as file,
+    ):
+        first.send_raw(GOOD[:-1], [file.fileno()] * 200)
+        with RawClient.connect(str(path)) as other:  # until those are counted
+            while other.call(CLOSE, handle=3) and len(os.listdir("/proc/self/fd")) < 200:
+                pass
+        with suppress(BrokenPipeError):
+            second.send_raw(GOOD, [file.fileno()] * 200)
+        assert second.receive() is None
+        first.send_raw(b"\0")
+        assert first.receive() is not None
+        first.send_raw(GOOD, [file.fileno()] * 200)
+        assert first.receive() is not None
 
 
 def test_garbage(address: str) -> None:

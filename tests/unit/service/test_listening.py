@@ -39,7 +39,9 @@ def test_stale_file_is_replaced_and_others_are_kept(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("address", ["", "unix:", "unix:@name", "a\0b"])
+@pytest.mark.parametrize(
+    "address", ["", "unix:", "unix:@name", "unix:@", "a\0b", "unix:a;mode=0666", "tcp:x"]
+)
 def test_no_address(address: str) -> None:
     with pytest.raises(InvalidRequestError), listening(address):
         pass
@@ -47,8 +49,9 @@ def test_no_address(address: str) -> None:
 
 def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with listening("@x"):
-        assert (tmp_path / "@x").is_socket()
+    for name in ("@x", "./a:b", "a;b"):
+        with listening(name):
+            assert (tmp_path / name).is_socket()
 
 
 def test_activation_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from cfs.oci.pull import Done, Event, Message, Progress, Pulled, Skipped, Starte
 from cfs.oci.splitdir import Inline, format_chunk
 from cfs.repository.repository import init
 from cfs.service import layer_sender, oci_pull
+from cfs.service.budget import Budget
 from cfs.service.call import Disconnection, close_fds
 from cfs.service.errors import MethodError
 from cfs.service.handles import Handles, StoreOptions
@@ -264,6 +265,22 @@ def test_a_pull_without_progress_ends_with_the_service(
         service.oci.stop_pulls()
         with pytest.raises(oci_pull.StoppedError):
             pulling.result(SECONDS)
+
+
+def test_pulls_at_the_same_time_are_bounded(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, begun = service.open("store"), threading.Event()
+    monkeypatch.setattr(service.oci, "_budget", Budget(per_uid=1, total=1, trusted=frozenset()))
+    with calling(more=True) as (call, _), monkeypatch.context() as patch:
+        patch.setattr(oci_pull, "pull", hanging_pull(begun))
+        replies = service.oci.Pull(call, **service.wish(handle))
+        assert isinstance(replies, Iterator)
+        next(replies)
+        found = error_of(lambda: service.pull(handle))
+        assert found == ("InternalError", {"message": "too many images are being pulled"})
+        replies.close()  # type: ignore[attr-defined]
+    assert service.pull(handle)
 
 
 def test_a_long_silence_is_broken(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
