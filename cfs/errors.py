@@ -12,6 +12,7 @@
      +-- BusyError              in use by somebody else
      +-- SourceError            who should give us an image does not
      +-- MountError             the kernel or fusermount3 refused to mount
+          +-- MountPointError   not there
 
 Every class carries the errno that a FUSE reply would use for it.  ``OSError`` passes
 through cfs untouched.
@@ -30,6 +31,7 @@ __all__ = [
     "IntegrityError",
     "InvalidRequestError",
     "MountError",
+    "MountPointError",
     "NotFoundError",
     "SourceError",
     "UnsupportedError",
@@ -101,6 +103,10 @@ class MountError(CfsError):
     def __init__(self, message: str, reason: int = errno.EIO) -> None:
         super().__init__(message)
         self.errno = reason
+
+
+class MountPointError(MountError):
+    """Nothing can be mounted where it was to go."""
 
 
 @contextmanager

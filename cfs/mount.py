@@ -10,7 +10,7 @@ import stat
 import time
 from typing import NamedTuple
 
-from cfs.errors import MountError
+from cfs.errors import MountError, MountPointError
 from cfs.linux.fusedev import fusermount, fusermount_detach, open_device
 from cfs.linux.mountinfo import mounted_at
 from cfs.linux.mounts import (
@@ -58,11 +58,11 @@ def prepare_mountpoint(path: str) -> str:
     Dead FUSE mounts on it, whose server is gone, are taken away.
 
     Raises:
-        MountError: it is no directory that we can use.
+        MountPointError: it is no directory that we can use.
     """
     if not path:  # realpath would make the working directory of it
         msg = "mount point is empty: expected a directory"
-        raise MountError(msg, errno.ENOENT)
+        raise MountPointError(msg, errno.ENOENT)
     resolved = os.path.realpath(path)
     for _ in range(_MAX_STALE):
         if is_dead(resolved):
@@ -72,13 +72,13 @@ def prepare_mountpoint(path: str) -> str:
             status = os.stat(resolved)
         except OSError as error:
             msg = f"mount point {path}: {error.strerror}"
-            raise MountError(msg, error.errno or errno.EIO) from None
+            raise MountPointError(msg, error.errno or errno.EIO) from None
         if stat.S_ISDIR(status.st_mode):
             return resolved
         msg = f"mount point {path}: not a directory"
-        raise MountError(msg, errno.ENOTDIR)
+        raise MountPointError(msg, errno.ENOTDIR)
     msg = f"mount point {path}: more than {_MAX_STALE} dead mounts"
-    raise MountError(msg, errno.ENOTCONN)
+    raise MountPointError(msg, errno.ENOTCONN)
 
 
 def is_dead(path: str) -> bool:
@@ -196,7 +196,7 @@ class FuseMount:
         Its root is looked at, unless it is another user's: he could have us wait for ever.
 
         Raises:
-            MountError: the mount point is gone or not ours, or nobody serves any more.
+            MountPointError: the place is gone or not ours, or nobody serves any more.
         """
         place = self._place
         try:
@@ -212,10 +212,10 @@ class FuseMount:
             device = mounted_at(place.path)
         except OSError as error:
             msg = f"cannot mount on {place.path}: {error.strerror}"
-            raise MountError(msg, error.errno or errno.EIO) from None
+            raise MountPointError(msg, error.errno or errno.EIO) from None
         if device is None:
             msg = f"cannot mount on {place.path}: it was unmounted at once"
-            raise MountError(msg)
+            raise MountPointError(msg)
         return device
 
     def take_detached(self) -> int:

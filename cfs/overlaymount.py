@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from cfs.compat import override
-from cfs.errors import MountError
+from cfs.errors import MountError, MountPointError
 from cfs.linux.files import owned
 from cfs.linux.fusedev import open_device
 from cfs.linux.mounts import MountAttr, Option, create_mount
@@ -179,7 +179,7 @@ class OverlayMount(FuseMount):
             overlay_fd = self._create_overlay()
         except OSError as error:
             msg = f"cannot mount on {self._place.path}: {error.strerror}"
-            raise MountError(msg, error.errno or errno.EIO) from None
+            raise MountPointError(msg, error.errno or errno.EIO) from None
         except MountError as error:
             if error.errno not in (errno.EINVAL, errno.EBADF):
                 raise

@@ -27,6 +27,19 @@ socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"x"], [channel.fileno(
 """
 
 
+def connect_as(path: Path, uid: int) -> RawClient:
+    """Connect in a process of another user, and a group of that number; so it stays his."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        words = [str(theirs.fileno()), str(path), str(uid), str(uid)]
+        command = [sys.executable, "-ISc", _CONNECT, *words]
+        subprocess.run(command, pass_fds=[theirs.fileno()], check=True, timeout=SECONDS)
+        _, (fd,) = receive_fds(ours, 1, 1)
+    channel = socket.socket(fileno=fd)
+    channel.settimeout(SECONDS)
+    return RawClient(channel)
+
+
 class ServiceProcess(NamedTuple):
     """A service that runs."""
 
@@ -37,16 +50,7 @@ class ServiceProcess(NamedTuple):
         return RawClient.connect(str(self.path))
 
     def connect_as(self, uid: int) -> RawClient:
-        """Connect in a process of another user, whose connection it stays."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            words = [str(theirs.fileno()), str(self.path), str(uid), str(uid)]
-            command = [sys.executable, "-ISc", _CONNECT, *words]
-            subprocess.run(command, pass_fds=[theirs.fileno()], check=True, timeout=SECONDS)
-            _, (fd,) = receive_fds(ours, 1, 1)
-        channel = socket.socket(fileno=fd)
-        channel.settimeout(SECONDS)
-        return RawClient(channel)
+        return connect_as(self.path, uid)
 
     def descriptors(self) -> list[str]:
         """Return the numbers of its descriptors."""
@@ -72,7 +76,7 @@ class ServiceProcess(NamedTuple):
         self.process.wait(SECONDS)
 
 
-def _serves(path: Path) -> bool:
+def is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as channel:
         return channel.connect_ex(str(path)) == 0
 
@@ -101,7 +105,7 @@ def service_process(
     )
     try:
         wait_until(
-            lambda: process.poll() is not None or _serves(path), "the service does not start"
+            lambda: process.poll() is not None or is_listening(path), "the service does not start"
         )
         yield ServiceProcess(path, process)
         if not is_killed() and process.poll() is None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import click
 
 from cfs import __version__
-from cfs.cli.connect import check_excluded, with_address
+from cfs.cli.connect import refuse_options, with_address
 from cfs.cli.group import Entry, LazyGroup
 from cfs.cli.report import run_reporting
 from cfs.cli.strict import GlobalOptions, StrictCommand
@@ -105,7 +105,7 @@ def cfsctl(
             "--no-upgrade": no_upgrade,
             "--no-repo": no_repo,
         }
-        check_excluded(ctx, "--connect", given)
+        refuse_options(ctx, given)
     ctx.obj = GlobalOptions(
         algorithm=None if hash_name is None else Algorithm.parse(hash_name),
         erofs_version=None if erofs_version is None else int(erofs_version),

@@ -31,7 +31,12 @@ _SCRIPTS = {"bash": "cfsctl.bash", "zsh": "_cfsctl", "fish": "cfsctl.fish"}
 _USAGE_STATUS = 2
 _EXPANDED = frozenset("\"'$`\\!")  # by bash, between quotes
 _KINDS = {"DIR": "directories", "PATH": "files", "ADDRESS": "files"}
-_ARGUMENT_KINDS = {"path": "directories", "mountpoint": "directories"}
+_ARGUMENT_KINDS = {
+    "path": "directories",
+    "mountpoint": "directories",
+    "fuse-serve image": "files",
+    "oci pull image": "files",
+}
 _STORES = ("repo", "source")  # options that are called PATH, too
 _ITEMS: Mapping[str, Sequence[str]] = {"--fuse": ("auto", "yes", "no"), "-o": ()}
 
@@ -264,8 +269,9 @@ def _complete_argument(line: _Line) -> Candidates:
         return Candidates()
     if line.command is show_help:
         return _complete_help(line)
-    kind = _ARGUMENT_KINDS.get(str(param.name), "nothing")
-    return Candidates(kind, find_names(f"{line.path} {param.name}", line.values))
+    name = f"{line.path} {param.name}"
+    kind = _ARGUMENT_KINDS.get(name) or _ARGUMENT_KINDS.get(str(param.name), "nothing")
+    return Candidates(kind, find_names(name, line.values))
 
 
 def _complete_help(line: _Line) -> Candidates:

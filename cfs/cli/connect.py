@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REMOTES",
-    "check_excluded",
     "connected",
     "default_store",
     "find_remote",
     "opened_store",
-    "refuse_insecure",
-    "refuse_parameters",
+    "refuse_options",
     "with_address",
 ]
 
@@ -77,15 +75,19 @@ def with_address(args: Sequence[str]) -> list[str]:
     return words + rest
 
 
-def check_excluded(ctx: click.Context, option: str, given: Mapping[str, bool]) -> None:
-    """Refuse options beside another one.
+def refuse_options(ctx: click.Context, given: Mapping[str, bool]) -> None:
+    """Refuse what ``--connect`` excludes, and what the method of a command has no parameter for.
+
+    Args:
+        ctx: of the running command.
+        given: options, and whether they were given.
 
     Raises:
-        click.UsageError: one of them is given.
+        click.UsageError: one was.
     """
-    for other, is_given in given.items():
+    for option, is_given in given.items():
         if is_given:
-            msg = f"{other} cannot be used with {option}"
+            msg = f"{option} cannot be used with {_OPTION}"
             raise click.UsageError(msg, ctx)
 
 
@@ -100,32 +102,10 @@ def find_remote(ctx: click.Context) -> Remote:
         msg = f"{name} cannot be used with {_OPTION}: no varlink method does it"
         raise click.UsageError(msg, ctx)
     module, _, function = REMOTES[name].partition(".")
-    if name != "init":
-        refuse_insecure(ctx)
+    if name != "init":  # it is for stores that we open ourselves
+        refuse_options(ctx, {"--insecure": find_global_options(ctx).insecure})
     remote: Remote = getattr(importlib.import_module(f"cfs.cli.{module}"), function)
     return remote
-
-
-def refuse_insecure(ctx: click.Context) -> None:
-    """Refuse ``--insecure``, which is for stores that we open ourselves.
-
-    Raises:
-        click.UsageError: it is given.
-    """
-    check_excluded(ctx, _OPTION, {"--insecure": find_global_options(ctx).insecure})
-
-
-def refuse_parameters(ctx: click.Context, options: Mapping[str, bool]) -> None:
-    """Refuse options of a command that its method has no parameter for.
-
-    Args:
-        ctx: of the running command.
-        options: whether they were given.
-
-    Raises:
-        click.UsageError: one was.
-    """
-    check_excluded(ctx, _OPTION, options)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import BinaryIO, Self
 
 import click
 
-from cfs.cli.connect import opened_store, refuse_parameters
+from cfs.cli.connect import opened_store, refuse_options
 from cfs.cli.oci.copy import open_source, print_copied
 from cfs.cli.oci.layers import print_pieces, refuse_terminal_input, refuse_terminal_output
 from cfs.client.errors import InvalidReplyError
@@ -46,7 +46,7 @@ _PIECE_SIZE = 1 << 20
 
 def layer(ctx: click.Context, *, diff_id: str, is_dumpfile: bool, is_json: bool) -> None:
     """Print the tar of a layer that the service sends."""
-    refuse_parameters(ctx, {"--dumpfile": is_dumpfile, "--json": is_json})
+    refuse_options(ctx, {"--dumpfile": is_dumpfile, "--json": is_json})
     refuse_terminal_output()
     with opened_store(ctx) as (client, handle), ExitStack() as stack:
         fds: list[int] = []
@@ -65,7 +65,7 @@ def layer(ctx: click.Context, *, diff_id: str, is_dumpfile: bool, is_json: bool)
 
 def import_layer(ctx: click.Context, *, diff_id: str, name: str | None) -> None:
     """Send the tar on stdin to the service."""
-    refuse_parameters(ctx, {"NAME": name is not None})
+    refuse_options(ctx, {"NAME": name is not None})
     with opened_store(ctx) as (client, handle), ExitStack() as stack:
         verity = client.call(HasLayer(handle, diff_id)).layer_verity
         if verity is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cfs.cli.connect import connected, opened_store, refuse_parameters
+from cfs.cli.connect import connected, opened_store, refuse_options
 from cfs.cli.fuse_options import parse_items, read_items
 from cfs.cli.mount_options import parse_request
 from cfs.cli.mounts import check_targets, print_mounts
@@ -29,13 +29,13 @@ from cfs.client.repository import (
     MountParams,
     Unmount,
 )
-from cfs.errors import CfsError, InvalidRequestError, MountError, NotFoundError
+from cfs.errors import CfsError, InvalidRequestError, MountPointError, NotFoundError
 from cfs.fuse.choices import Mode, Passthrough, Verify
 from cfs.linux.files import owned
 from cfs.linux.mounts import attach_mount, is_initial_user_namespace
+from cfs.linux.notify import Notifier
 from cfs.mount import prepare_mountpoint
 from cfs.mounting.choice import FuseWish, MountRequest
-from cfs.service.fdstore import Notifier
 
 if TYPE_CHECKING:
     from cfs.fuse.options import ServeChoices
@@ -102,9 +102,7 @@ def fuse_serve(
 ) -> None:
     """Serve an image file of ours with the objects of the service's store."""
     has_grace = ctx.get_parameter_source("grace") is not click.core.ParameterSource.DEFAULT
-    refuse_parameters(
-        ctx, {"--basedir": bool(basedirs), "--stats": has_stats, "--grace": has_grace}
-    )
+    refuse_options(ctx, {"--basedir": bool(basedirs), "--stats": has_stats, "--grace": has_grace})
     try:
         parse_items(items, upperdir=upperdir, workdir=workdir, read_write=read_write)
     except InvalidRequestError as error:
@@ -194,7 +192,7 @@ def _fuse_params(ctx: click.Context, request: MountRequest) -> FuseParams:
     """Return what was said of FUSE; the service chooses the rest."""
     choices = request.choices
     passthrough = choices.get("passthrough")
-    refuse_parameters(
+    refuse_options(
         ctx,
         {
             "passthrough=auto": passthrough is Passthrough.AUTO,
@@ -220,7 +218,7 @@ def _attach(mounted: Mounted, mountpoint: str) -> None:
             attach_mount(fd, prepare_mountpoint(mountpoint))
         except OSError as error:
             msg = f"cannot mount on {mountpoint}: {error.strerror}"
-            raise MountError(msg, error.errno or 0) from None
+            raise MountPointError(msg, error.errno or 0) from None
 
 
 def _serve(ctx: click.Context, client: Client, call: FuseServe | OciFuseMount) -> None:

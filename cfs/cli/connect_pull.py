@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import click
 
-from cfs.cli.connect import opened_store, refuse_parameters
+from cfs.cli.connect import opened_store, refuse_options
 from cfs.cli.oci.progress import PullProgress
 from cfs.cli.oci.pull import PulledText, check_expected, print_pulled
 from cfs.client import oci as varlink
@@ -30,7 +30,7 @@ def pull(
 ) -> None:
     """Have an image pulled, and show how far it is."""
     check_expected(ctx, expected_digest, bootable=bootable)
-    refuse_parameters(
+    refuse_options(
         ctx,
         {f"--{key.replace('_', '-')}": value is not None for key, value in source.items()},
     )

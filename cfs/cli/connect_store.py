@@ -6,7 +6,7 @@ from dataclasses import asdict
 import click
 
 from cfs.cli.collect import conclude, print_collection
-from cfs.cli.connect import connected, opened_store, refuse_parameters
+from cfs.cli.connect import connected, opened_store, refuse_options
 from cfs.cli.images import print_images
 from cfs.cli.report import escape
 from cfs.cli.repository import print_outcome
@@ -45,7 +45,7 @@ def init(
 ) -> None:
     """Have a store made."""
     options = find_global_options(ctx)
-    refuse_parameters(
+    refuse_options(
         ctx,
         {"--reset-metadata": reset_metadata, "--erofs-version": erofs_version is not None},
     )
@@ -73,7 +73,7 @@ def gc(
     """Have removed what no name needs."""
     from cfs.repository.gc import Collection
 
-    refuse_parameters(ctx, {"--remove-broken": remove_broken, "--no-wait": no_wait})
+    refuse_options(ctx, {"--remove-broken": remove_broken, "--no-wait": no_wait})
     with opened_store(ctx) as (client, handle):
         result = client.call(Gc(handle, dry_run=dry_run, roots=roots)).result
     links = {"images": result.images_pruned, "streams": result.streams_pruned}

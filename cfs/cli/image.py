@@ -18,7 +18,7 @@ from cfs.cli.conversion import DEFAULT_XATTRS, bootable_option, xattrs_option
 from cfs.cli.store import open_store, store_path
 from cfs.cli.strict import GlobalOptions, StrictCommand, find_global_options
 from cfs.digest import Algorithm
-from cfs.errors import InvalidRequestError
+from cfs.errors import InvalidRequestError, NotFoundError
 from cfs.linux.files import naming, openat2
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _add_conversion(command: _C) -> _C:
 _KEEP_ROOT = click.Option(
     ["--no-propagate-usr-to-root", "keep_root"],
     is_flag=True,
-    help="Do not convert as for OCI images.",
+    help="Do not convert as for OCI images: for a directory that is no root of a system.",
 )
 
 
@@ -207,7 +207,11 @@ def _convert(
     from cfs.transform import XattrMode, apply_boot, apply_oci
 
     if conversion.is_oci:
-        apply_oci(root, XattrMode(conversion.xattrs))
+        try:
+            apply_oci(root, XattrMode(conversion.xattrs))
+        except NotFoundError as error:
+            msg = f"{error} ({_KEEP_ROOT.opts[0]} stores a directory as it is)"
+            raise NotFoundError(msg) from None
     if conversion.is_bootable:
         if check is not None:
             check(root, read_content)

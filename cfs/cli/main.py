@@ -22,9 +22,11 @@ def main() -> int:
     """Run the tool that the program name or the first argument names; return its status."""
     arguments = sys.argv[1:]
     name = os.path.basename(sys.argv[0])
-    if name not in TOOLS and arguments and arguments[0] in TOOLS:
+    module = "cfs.cli.cfsctl"
+    if "COMPLETE" in os.environ:  # the words are about a line that nobody has sent off yet
+        module = "cfs.cli.completion"
+    elif name not in TOOLS and arguments and arguments[0] in TOOLS:
         name = arguments.pop(0)
-    module = "cfs.cli.completion" if "COMPLETE" in os.environ else "cfs.cli.cfsctl"
     try:
         status: int = importlib.import_module(TOOLS.get(name, module)).run(arguments)
     except KeyboardInterrupt:  # while modules were imported

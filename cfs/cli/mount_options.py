@@ -1,7 +1,6 @@
 """The options of all commands that mount images of a store (spec cli-and-varlink a.8, c.6)."""
 
 import functools
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -109,4 +108,4 @@ def mount_stored(
         return
     from cfs.fuse import serve_foreground
 
-    ctx.exit(serve_foreground(served, notify_socket=os.environ.get("NOTIFY_SOCKET")))
+    ctx.exit(serve_foreground(served))

@@ -1,6 +1,5 @@
 """``cfsctl fuse-serve``: serve an image file over FUSE (spec cli-and-varlink c.7)."""
 
-import os
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
@@ -83,8 +82,7 @@ def fuse_serve(
         return
     from cfs.fuse import serve_foreground
 
-    notify_socket = os.environ.get("NOTIFY_SOCKET")
-    status = serve_foreground(mount, grace=grace, notify_socket=notify_socket, report=_print)
+    status = serve_foreground(mount, grace=grace, report=_print)
     if has_stats:
         _print(mount)
     ctx.exit(status)

@@ -21,7 +21,7 @@ from cfs.service.activation import STORED_PREFIX, Passed, find_socket, take_pass
 from cfs.service.listening import DEFAULT_MODE
 
 if TYPE_CHECKING:
-    from cfs.service.fdstore import Notifier
+    from cfs.linux.notify import Notifier
     from cfs.service.handles import StoreOptions
     from cfs.service.server import Server
 
@@ -103,8 +103,8 @@ def serve(options: "StoreOptions", address: str | None = None, mode: int = DEFAU
     if channel is None and address is None:
         msg = "no --address given and not socket-activated"
         raise InvalidRequestError(msg)
+    from cfs.linux.notify import Notifier
     from cfs.service.assemble import assembled
-    from cfs.service.fdstore import Notifier
     from cfs.service.fuse_registry import FuseMounts
     from cfs.service.listening import listening
     from cfs.service.server import Server

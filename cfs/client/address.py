@@ -15,10 +15,20 @@ SYSTEM_ADDRESS = f"{SCHEME}/run/composefs/composefs.sock"
 
 
 def default_addresses() -> list[str]:
-    """Return where the units of systemd listen: the user's own first, for root the system's."""
+    """Return where the units of systemd listen: the user's own first, for root the system's.
+
+    A directory of somebody else, which su(1) leaves in the environment, is not ours to trust.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    own = [f"{SCHEME}{runtime}/composefs/composefs.sock"] if os.path.isabs(runtime) else []
+    own = [f"{SCHEME}{runtime}/composefs/composefs.sock"] if _is_our_directory(runtime) else []
     return [SYSTEM_ADDRESS, *own] if os.geteuid() == 0 else [*own, SYSTEM_ADDRESS]
+
+
+def _is_our_directory(path: str) -> bool:
+    try:
+        return os.path.isabs(path) and os.stat(path).st_uid == os.geteuid()
+    except (OSError, ValueError):
+        return False
 
 
 def new_socket() -> socket.socket:

@@ -11,11 +11,11 @@ import socket
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from cfs.client.convert import decode, encode, parse_object
 from cfs.client.errors import ConnectionLostError, InvalidReplyError, VarlinkError, make_error
-from cfs.client.methods import Descriptors, Method, Result, WithDescriptors
+from cfs.client.methods import Descriptors, Method, Result, WithDescriptors, result_class
 from cfs.errors import FormatError, InvalidRequestError
 from cfs.linux.framing import EndOfMessages, Message, MessageReader, MessageWriter
 from cfs.linux.sockets import peer_credentials
@@ -171,13 +171,13 @@ def _parse(method: Method[_R], message: Message) -> tuple[_R, bool]:
             raise InvalidReplyError(msg)
         if isinstance(name := reply.get("error"), str):
             raise make_error(name, parameters)
-        result = decode(method.RESULT, parameters, method.full_name)
+        result = decode(result_class(type(method)), parameters, method.full_name)
         if isinstance(result, WithDescriptors):
             result = replace(result, descriptors=descriptors)
             descriptors = Descriptors()
     finally:
         descriptors.close()
-    return cast("_R", result), reply.get("continues") is True
+    return result, reply.get("continues") is True
 
 
 def _close(result: Result) -> None:

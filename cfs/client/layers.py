@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from cfs.client.methods import Method, Result, WithDescriptors
+from cfs.client.methods import OciMethod, Result, WithDescriptors
 
 __all__ = [
     "FinalizeImage",
@@ -20,8 +19,6 @@ __all__ = [
     "StorageLocator",
 ]
 
-_INTERFACE = "org.composefs.Oci"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPresence(Result):
@@ -32,11 +29,8 @@ class LayerPresence(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class HasLayer(Method[LayerPresence]):
+class HasLayer(OciMethod[LayerPresence]):
     """Ask whether a layer is in the store."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = LayerPresence
 
     handle: int
     diff_id: str
@@ -71,11 +65,8 @@ class SentLayer(WithDescriptors):
 
 
 @dataclass(frozen=True, slots=True)
-class GetLayer(Method[SentLayer]):
+class GetLayer(OciMethod[SentLayer]):
     """Have a layer sent; call it as a stream, one reply may not hold all descriptors."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = SentLayer
 
     handle: int
     params: GetLayerParams
@@ -94,11 +85,8 @@ class ReceivedLayer(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class PutLayer(Method[ReceivedLayer]):
+class PutLayer(OciMethod[ReceivedLayer]):
     """Send a layer; ``fds``: a pipe with the stream, then the directories it refers to."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = ReceivedLayer
 
     handle: int
     diff_id: str
@@ -124,11 +112,8 @@ class Finalized(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class FinalizeImage(Method[Finalized]):
+class FinalizeImage(OciMethod[Finalized]):
     """Store an image whose layers are there, and tag it if it gets a name."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Finalized
 
     handle: int
     manifest_json: str

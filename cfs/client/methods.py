@@ -4,12 +4,22 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar, get_args
 
 from cfs.client.convert import LOCAL
 from cfs.client.errors import InvalidReplyError
 
-__all__ = ["Descriptors", "Method", "Nothing", "Result", "WithDescriptors"]
+__all__ = [
+    "Descriptors",
+    "Method",
+    "Nothing",
+    "OciMethod",
+    "RepositoryMethod",
+    "Result",
+    "ServiceMethod",
+    "WithDescriptors",
+    "result_class",
+]
 
 
 class Descriptors:
@@ -100,14 +110,14 @@ _R_co = TypeVar("_R_co", bound=Result, covariant=True)
 class Method(Generic[_R_co]):
     """A call: its fields are the parameters.
 
+    Its name is that of the class, and its reply the class that this base has as its parameter.
+
     Attributes:
-        INTERFACE: where the method is declared; its name is that of the class.
-        RESULT: class of the reply.
+        INTERFACE: where the method is declared.
         fds: descriptors to send along, borrowed until the call has returned.
     """
 
     INTERFACE: ClassVar[str]
-    RESULT: ClassVar[type[Result]] = Nothing
 
     fds: Sequence[int] = field(default=(), metadata=LOCAL, kw_only=True, repr=False)
 
@@ -115,3 +125,31 @@ class Method(Generic[_R_co]):
     def full_name(self) -> str:
         """Name with its interface."""
         return f"{self.INTERFACE}.{type(self).__name__}"
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryMethod(Method[_R_co]):
+    """A call of ``org.composefs.Repository``."""
+
+    INTERFACE: ClassVar[str] = "org.composefs.Repository"
+
+
+@dataclass(frozen=True, slots=True)
+class OciMethod(Method[_R_co]):
+    """A call of ``org.composefs.Oci``."""
+
+    INTERFACE: ClassVar[str] = "org.composefs.Oci"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceMethod(Method[_R_co]):
+    """A call of ``org.varlink.service``, which every service has."""
+
+    INTERFACE: ClassVar[str] = "org.varlink.service"
+
+
+def result_class(method: type[Method[_R_co]]) -> type[_R_co]:
+    """Return the class of a method's reply."""
+    (base,) = method.__orig_bases__  # type: ignore[attr-defined]
+    result: type[_R_co] = get_args(base)[0]
+    return result

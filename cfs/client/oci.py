@@ -5,10 +5,9 @@ A method is a class, and its fields are the parameters.
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
 
 from cfs.client.fuse import FuseParams, Served
-from cfs.client.methods import Method, Nothing, Result
+from cfs.client.methods import Nothing, OciMethod, Result
 from cfs.client.repository import FsckReply, Mounted, MountParams
 
 __all__ = [
@@ -37,8 +36,6 @@ __all__ = [
     "Untag",
     "XattrFiltering",
 ]
-
-_INTERFACE = "org.composefs.Oci"
 
 
 class XattrFiltering(Enum):
@@ -77,11 +74,8 @@ class Images(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class ListImages(Method[Images]):
+class ListImages(OciMethod[Images]):
     """List the tagged images, or those whose names contain ``filter``."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Images
 
     handle: int
     filter: str | None = None
@@ -99,11 +93,8 @@ class Checked(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Check(Method[Checked]):
+class Check(OciMethod[Checked]):
     """Check a store and its tagged images, or the one with the tag ``image``."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Checked
 
     handle: int
     image: str | None = None
@@ -121,21 +112,16 @@ class Inspected(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Inspect(Method[Inspected]):
+class Inspect(OciMethod[Inspected]):
     """Ask for what the store has of an image: a tag, or @DIGEST of a manifest."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Inspected
 
     handle: int
     image: str
 
 
 @dataclass(frozen=True, slots=True)
-class Tag(Method[Nothing]):
+class Tag(OciMethod[Nothing]):
     """Give the image whose manifest has this digest a name."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
 
     handle: int
     manifest_digest: str
@@ -143,10 +129,8 @@ class Tag(Method[Nothing]):
 
 
 @dataclass(frozen=True, slots=True)
-class Untag(Method[Nothing]):
+class Untag(OciMethod[Nothing]):
     """Remove a name."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
 
     handle: int
     name: str
@@ -160,11 +144,8 @@ class ComputedId(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class ComputeId(Method[ComputedId]):
+class ComputeId(OciMethod[ComputedId]):
     """Ask for the digest of an image's file system: a tag, or @DIGEST of a config."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = ComputedId
 
     handle: int
     image: str
@@ -233,11 +214,8 @@ class PullReply(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Pull(Method[PullReply]):
+class Pull(OciMethod[PullReply]):
     """Fetch an image; as a stream, with its progress."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = PullReply
 
     handle: int
     image: str
@@ -250,11 +228,8 @@ class Pull(Method[PullReply]):
 
 
 @dataclass(frozen=True, slots=True)
-class OciMount(Method[Mounted]):
+class OciMount(OciMethod[Mounted]):
     """Have the kernel mount an image, a tag or the digest of a manifest."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Mounted
 
     handle: int
     image: str
@@ -263,11 +238,8 @@ class OciMount(Method[Mounted]):
 
 
 @dataclass(frozen=True, slots=True)
-class OciFuseMount(Method[Served]):
+class OciFuseMount(OciMethod[Served]):
     """Serve an image over FUSE; ``fds``: upper and work directory for an overlay."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Served
 
     handle: int
     image: str
@@ -285,8 +257,5 @@ class Features(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class GetInfo(Method[Features]):
+class GetInfo(OciMethod[Features]):
     """Ask for the optional abilities of the service."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Features

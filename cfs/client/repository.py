@@ -6,10 +6,9 @@ A method is a class, and its fields are the parameters.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
 
 from cfs.client.fuse import FuseMount, FuseParams, Served
-from cfs.client.methods import Method, Nothing, Result, WithDescriptors
+from cfs.client.methods import Nothing, RepositoryMethod, Result, WithDescriptors
 
 __all__ = [
     "CloseRepository",
@@ -41,8 +40,6 @@ __all__ = [
     "Watched",
 ]
 
-_INTERFACE = "org.composefs.Repository"
-
 
 class EnsureStatus(Enum):
     """What was found or done."""
@@ -60,11 +57,8 @@ class Initialized(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class InitRepository(Method[Initialized]):
+class InitRepository(RepositoryMethod[Initialized]):
     """Make a store."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Initialized
 
     path: str
     algorithm: str | None = None
@@ -79,11 +73,8 @@ class Ensured(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class EnsureRepository(Method[Ensured]):
+class EnsureRepository(RepositoryMethod[Ensured]):
     """Make a store unless there is one of the same hash."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Ensured
 
     path: str
     algorithm: str | None = None
@@ -106,11 +97,8 @@ class Opened(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class OpenRepository(Method[Opened]):
+class OpenRepository(RepositoryMethod[Opened]):
     """Open a store, by exactly one of its fields."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Opened
 
     path: str | None = None
     user: bool | None = None
@@ -118,10 +106,8 @@ class OpenRepository(Method[Opened]):
 
 
 @dataclass(frozen=True, slots=True)
-class CloseRepository(Method[Nothing]):
+class CloseRepository(RepositoryMethod[Nothing]):
     """Give a handle back."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
 
     handle: int
 
@@ -144,11 +130,8 @@ class FsckReply(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Fsck(Method[FsckReply]):
+class Fsck(RepositoryMethod[FsckReply]):
     """Check a store."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = FsckReply
 
     handle: int
     metadata_only: bool | None = None
@@ -173,11 +156,8 @@ class Collected(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Gc(Method[Collected]):
+class Gc(RepositoryMethod[Collected]):
     """Remove what neither a name nor one of ``roots`` needs."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Collected
 
     handle: int
     dry_run: bool = False
@@ -192,11 +172,8 @@ class Objects(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageObjects(Method[Objects]):
+class ImageObjects(RepositoryMethod[Objects]):
     """Ask which objects an image needs."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Objects
 
     handle: int
     name: str
@@ -218,11 +195,8 @@ class ImageRefs(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class ListImageRefs(Method[ImageRefs]):
+class ListImageRefs(RepositoryMethod[ImageRefs]):
     """List the named images."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = ImageRefs
 
     handle: int
 
@@ -256,11 +230,8 @@ class Mounted(WithDescriptors):
 
 
 @dataclass(frozen=True, slots=True)
-class Mount(Method[Mounted]):
+class Mount(RepositoryMethod[Mounted]):
     """Have the kernel mount an image."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Mounted
 
     handle: int
     name: str
@@ -268,14 +239,11 @@ class Mount(Method[Mounted]):
 
 
 @dataclass(frozen=True, slots=True)
-class FuseServe(Method[Served]):
+class FuseServe(RepositoryMethod[Served]):
     """Serve an image over FUSE.
 
     ``fds``: the image file if ``image`` is None, then upper and work directory for an overlay.
     """
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Served
 
     handle: int
     image: str | None = None
@@ -292,20 +260,15 @@ class Mounts(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class ListMounts(Method[Mounts]):
+class ListMounts(RepositoryMethod[Mounts]):
     """List our FUSE mounts, as root those of all users; or one of them."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Mounts
 
     mount_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Unmount(Method[Nothing]):
+class Unmount(RepositoryMethod[Nothing]):
     """End a FUSE mount; with ``detach`` although it is in use."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
 
     mount_id: int
     detach: bool | None = None
@@ -319,10 +282,7 @@ class Watched(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class WatchMount(Method[Watched]):
+class WatchMount(RepositoryMethod[Watched]):
     """Ask for the state of a mount; as a stream, for each change until its end."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Watched
 
     mount_id: int

@@ -1,13 +1,10 @@
 """What a service says of itself: ``org.varlink.service``."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from cfs.client.methods import Method, Result
+from cfs.client.methods import Result, ServiceMethod
 
 __all__ = ["Description", "GetInfo", "GetInterfaceDescription", "ServiceInfo"]
-
-_INTERFACE = "org.varlink.service"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +26,12 @@ class Description(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class GetInfo(Method[ServiceInfo]):
+class GetInfo(ServiceMethod[ServiceInfo]):
     """Ask who serves, and what."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = ServiceInfo
 
 
 @dataclass(frozen=True, slots=True)
-class GetInterfaceDescription(Method[Description]):
+class GetInterfaceDescription(ServiceMethod[Description]):
     """Ask for the text of an interface."""
-
-    INTERFACE: ClassVar[str] = _INTERFACE
-    RESULT: ClassVar[type[Result]] = Description
 
     interface: str

@@ -84,6 +84,8 @@ class _Control:
                         nursery.start_soon(self._watch, self._plane)
                     await pyfuse3.main()
                     nursery.cancel_scope.cancel()
+                # trio sends what nobody has obeyed again, which would kill us before we are done
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         finally:
             pyfuse3.close(unmount=False)
             if not self._is_supervised:

@@ -5,9 +5,10 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from cfs.fuse.mounts import GRACE_SECONDS, Mount
+from cfs.linux.notify import Notifier
 
 __all__ = ["serve_foreground"]
 
@@ -18,24 +19,22 @@ def serve_foreground(
     mount: Mount,
     *,
     grace: float = GRACE_SECONDS,
-    notify_socket: str | None = None,
     report: Callable[[Mount], None] = lambda _: None,
 ) -> int:
     """Serve until SIGINT, SIGTERM or an outside unmount; return the exit status.
 
-    Main thread only, because of the signals.
+    A service manager is told when it begins.  Main thread only, because of the signals.
 
     Args:
         mount: what :func:`cfs.fuse.start` gave.
         grace: as for :meth:`Mount.unmount`.
-        notify_socket: where to send ``READY=1`` (systemd's ``NOTIFY_SOCKET``).
         report: called at each SIGUSR1.
     """
     ended = os.pidfd_open(mount.pid)
     try:
         with _signal_pipe() as signals:
-            if notify_socket:
-                _notify(notify_socket, b"READY=1")
+            if notifier := Notifier.from_environment():
+                notifier.send("READY=1")
             while True:
                 readable, _, _ = select.select([signals.fileno(), ended], [], [])
                 if ended in readable:
@@ -65,11 +64,3 @@ def _signal_pipe() -> Iterator[socket.socket]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(before)
-
-
-def _notify(path: str, message: bytes) -> None:
-    """Tell systemd; sd_notify(3)."""
-    address = "\0" + path[1:] if path.startswith("@") else path
-    # sd_notify(3) recommends to ignore failure: who set the variable may have gone
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.sendto(message, address)

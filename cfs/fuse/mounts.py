@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from cfs.errors import MountError, UnsupportedError
 from cfs.fuse.handover import last_word
 from cfs.linux.fusedev import abort_connection
+from cfs.linux.mountinfo import mounted_at
 from cfs.mount import detach, is_dead
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Mount:
         status = self._process.wait()
         self._close()
         # device numbers are used again soon: what is there now may be somebody else's
-        if status and not self._is_over and (self._has_orphan or is_dead(self.mountpoint)):
+        if status and not self._is_over and (self._has_orphan or self._is_left()):
             detach(self.mountpoint, self.device)
         self._is_over = True
         return status
@@ -183,6 +184,10 @@ class Mount:
                 abort_connection(self.device)
             self._process.kill()
             self.wait()
+
+    def _is_left(self) -> bool:
+        """Whether it is still in the tree, dead; what lies upon it could let us wait for ever."""
+        return mounted_at(self.mountpoint) == self.device and is_dead(self.mountpoint)
 
     @property
     def _has_orphan(self) -> bool:

@@ -76,20 +76,23 @@ class ServeOptions:
             raise InvalidRequestError(msg)
         is_overlay = self.mode is Mode.OVERLAY
         contradictions = {
-            "workers=0 and passthrough=on": self.workers == 0
+            "workers=0 and passthrough=on cannot be combined": self.workers == 0
             and self.passthrough is Passthrough.ON,
-            "mode=overlay and passthrough=on": is_overlay and self.passthrough is Passthrough.ON,
-            "mode=overlay and verify=open": is_overlay and self.verify is Verify.OPEN,
-            "an upper directory without mode=overlay": not is_overlay
+            "mode=overlay and passthrough=on cannot be combined": is_overlay
+            and self.passthrough is Passthrough.ON,
+            "mode=overlay and verify=open cannot be combined": is_overlay
+            and self.verify is Verify.OPEN,
+            "an upper directory needs mode=overlay": not is_overlay
             and (self.upperdir, self.workdir) != (None, None),
-            "an upper directory without a work directory": (self.upperdir is None)
-            != (self.workdir is None),
-            "read-write without an upper directory": self.read_write and self.upperdir is None,
+            "an upper directory needs a work directory": self.workdir is None
+            and self.upperdir is not None,
+            "a work directory needs an upper directory": self.upperdir is None
+            and self.workdir is not None,
+            "read-write needs an upper directory": self.read_write and self.upperdir is None,
         }
         for text, is_true in contradictions.items():
             if is_true:
-                msg = f"{text} cannot be combined"
-                raise InvalidRequestError(msg)
+                raise InvalidRequestError(text)
 
     @property
     def nr_workers(self) -> int:

@@ -19,9 +19,11 @@ from cfs.linux.credentials import is_acting
 from cfs.linux.libc import libc
 
 __all__ = [
+    "PATH_MAX",
     "Resolve",
     "clone_file",
     "copy_contents",
+    "file_system",
     "is_on_overlay",
     "link_unnamed",
     "naming",
@@ -36,6 +38,7 @@ __all__ = [
     "write_all",
 ]
 
+PATH_MAX = 4096  # bytes of a path with its NUL; linux/limits.h
 FICLONE = 0x40049409
 _SYS_OPENAT2 = 437  # the same on every architecture that Debian supports
 _NR_RETRIES = 64
@@ -44,6 +47,8 @@ _COPY_SIZE = 1 << 20
 _RENAME_NOREPLACE = 1
 _STATFS_SIZE = 256  # more than struct statfs of any architecture
 _OVERLAYFS_SUPER_MAGIC = 0x794C7630
+_PROC_SUPER_MAGIC = 0x9FA0
+_OURS = os.O_CLOEXEC | os.O_NOCTTY
 
 
 class Resolve(IntFlag):
@@ -95,7 +100,7 @@ def openat2(
     Args:
         dir_fd: the directory.
         path: relative path; may hold anything, it is checked by the kernel.
-        flags: ``O_*`` as for open, without ``O_CREAT``; ``O_CLOEXEC`` is added.
+        flags: ``O_*`` as for open, without ``O_CREAT``; ``O_CLOEXEC`` is added, and ``O_NOCTTY``.
         resolve: restrictions; by default no way out of ``dir_fd`` and no symlinks at all.
 
     Raises:
@@ -105,7 +110,8 @@ def openat2(
     """
     if b"\0" in path:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    # the kernel refuses what says nothing beside O_PATH
+    how = _OpenHow(flags | (os.O_CLOEXEC if flags & os.O_PATH else _OURS), 0, resolve)
     reason = errno.EAGAIN
     for _ in range(_NR_RETRIES):
         fd = libc().syscall(
@@ -131,7 +137,9 @@ def open_path(path: bytes | str, flags: int, *, dir_fd: int | None = None) -> in
     """Open a path that somebody gives, or that may have links which somebody has made.
 
     For a thread that acts as another user, ``/proc/self/fd`` and the like lead nowhere: what this
-    process has open or has as its working directory may be where that user could not go.
+    process has open or has as its working directory may be where that user could not go.  Nothing
+    else in proc(5) can be opened either: ``/proc/sys`` asks for the process's user, not for his.
+    No terminal becomes ours, for whoever has the other end could send us signals.
 
     Args:
         path: what to open.
@@ -139,17 +147,21 @@ def open_path(path: bytes | str, flags: int, *, dir_fd: int | None = None) -> in
         dir_fd: directory that a relative path begins in, in place of the working directory.
 
     Raises:
-        PermissionError: who acts as another user has to give an absolute path.
+        PermissionError: who acts as another user has to give an absolute path, outside of proc(5).
         OSError: ``ELOOP`` for such links, else as open(2).
     """
     if not is_acting():
-        return os.open(path, flags | os.O_CLOEXEC, dir_fd=dir_fd)
+        return os.open(path, flags | _OURS, dir_fd=dir_fd)
     with naming(path):
         raw = os.fsencode(path)
         if dir_fd is None and raw and not raw.startswith(b"/"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         start = _AT_FDCWD if dir_fd is None else dir_fd
-        return openat2(start, raw, flags, resolve=Resolve.NO_MAGICLINKS)
+        fd = openat2(start, raw, flags, resolve=Resolve.NO_MAGICLINKS)
+        if file_system(fd) == _PROC_SUPER_MAGIC:
+            os.close(fd)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return fd
 
 
 def open_unnamed(dir_fd: int, mode: int) -> int:
@@ -272,12 +284,21 @@ def is_on_overlay(fd: int) -> bool:
     Raises:
         OSError: as fstatfs(2).
     """
+    return file_system(fd) == _OVERLAYFS_SUPER_MAGIC
+
+
+def file_system(fd: int) -> int:
+    """Return the magic number of the file system that a file (``O_PATH`` too) lies on.
+
+    Raises:
+        OSError: as fstatfs(2).
+    """
     buffer = ctypes.create_string_buffer(_STATFS_SIZE)
     if libc().fstatfs(fd, buffer):
         reason = ctypes.get_errno()
         raise OSError(reason, os.strerror(reason))
     # f_type comes first; it is a long or an int, and we are little endian
-    return int.from_bytes(buffer.raw[:4], "little") == _OVERLAYFS_SUPER_MAGIC
+    return int.from_bytes(buffer.raw[:4], "little")
 
 
 def clone_file(source_fd: int, target_fd: int) -> bool:

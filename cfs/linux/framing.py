@@ -20,9 +20,11 @@ __all__ = ["MAX_FDS", "EndOfMessages", "Message", "MessageReader", "MessageWrite
 
 MAX_FDS = 253  # SCM_MAX_FD of the kernel
 _PIECE_SIZE = 1 << 16
-# put together once: each | of such flags takes as long as a system call
-_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-_SEND = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+# plain numbers: each | or & of the flags of Python takes as long as a system call
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_RECEIVE = int(socket.MSG_DONTWAIT)
+_LOST = int(socket.MSG_CTRUNC)
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 class Message(NamedTuple):
@@ -121,9 +123,9 @@ class MessageReader:
         """Take what was peeked, and the descriptors that came with it."""
         self._reserve(len(self._data) + size)
         while size:
-            data, fds, flags = receive_with_fds(self._channel, size, MAX_FDS, socket.MSG_DONTWAIT)
+            data, fds, flags = receive_with_fds(self._channel, size, MAX_FDS, _RECEIVE)
             self._fds += fds
-            if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+            if flags & _LOST or len(self._fds) > MAX_FDS:
                 msg = f"message with more than {MAX_FDS} descriptors, or than this process may have"
                 raise FormatError(msg)
             self._data += data

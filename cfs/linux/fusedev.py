@@ -112,7 +112,7 @@ def fusermount_unmount(mountpoint: str) -> None:
     """Take a FUSE mount of this user out of the tree, unless it is in use.
 
     Raises:
-        MountError: with what the helper says.
+        MountError: with what the helper says; ``EBUSY``: it is in use.
     """
     _run_helper(["-u", "--", mountpoint], None)
 
@@ -140,7 +140,8 @@ def _run_helper(args: list[str], channel: socket.socket | None) -> None:
     if done.returncode:
         text = done.stderr.decode(errors="replace").strip().replace("\n", "; ")
         msg = text or f"{_HELPER} failed with status {done.returncode}"
-        raise MountError(msg)
+        # it tells its reason in words only
+        raise MountError(msg, errno.EBUSY if os.strerror(errno.EBUSY) in text else errno.EIO)
 
 
 def abort_connection(device: int) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "short_name",
 ]
 
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)  # | of Python's own flags is slow
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; Python has no name for it
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _GROUP = struct.Struct("=I")
@@ -56,7 +57,7 @@ def receive_with_fds(
     """
     fds = array("i")
     room = socket.CMSG_SPACE(max_fds * fds.itemsize)
-    message, ancillary, seen, _ = channel.recvmsg(size, room, flags | socket.MSG_CMSG_CLOEXEC)
+    message, ancillary, seen, _ = channel.recvmsg(size, room, flags | _CLOEXEC)
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
@@ -102,7 +103,7 @@ def short_name(path: str) -> Iterator[str]:
     Longer paths than a socket's address holds are named through ``/proc``.
 
     Raises:
-        OSError: the directory cannot be opened.
+        OSError: the directory cannot be opened, or the name in it alone is too long.
     """
     if len(os.fsencode(path)) <= _MAX_NAME_SIZE:
         yield path
@@ -110,6 +111,9 @@ def short_name(path: str) -> Iterator[str]:
     directory, name = os.path.split(path)
     fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/{name}"
+        short = f"/proc/self/fd/{fd}/{name}"
+        if len(os.fsencode(short)) > _MAX_NAME_SIZE:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
+        yield short
     finally:
         os.close(fd)

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from cfs.erofs.format import CFS_HEADER, CFS_MAGIC
-from cfs.errors import FormatError, MountError
+from cfs.errors import FormatError, MountError, MountPointError
 from cfs.linux.files import is_on_overlay, owned
 from cfs.linux.loop import open_loop_device
 from cfs.linux.mounts import (
@@ -73,7 +73,7 @@ def mount_in_kernel(
             attach_mount(mount, target)
         except OSError as error:
             msg = f"cannot mount on {mountpoint}: {error.strerror}"
-            raise MountError(msg, error.errno or errno.EIO) from None
+            raise MountPointError(msg, error.errno or errno.EIO) from None
 
 
 def create_image_mount(

@@ -4,6 +4,7 @@ Parsing is as strict as that of composefs-rs: what one tool opens the other one 
 Nothing here touches the file system; any thread may call.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cfs.repository.strict_json import (
 
 __all__ = ["Formats", "Metadata", "format_algorithm", "parse_algorithm"]
 
+_NR_PARSED = 16  # files whose contents are remembered: a service reads the same ones all the time
 _VERSION = 1
 _MAX_VERSION = 0xFFFF_FFFF
 _FORMATS = (0, 1, 2)
@@ -135,6 +137,7 @@ class Metadata:
             raise UnsupportedError(msg)
 
     @classmethod
+    @functools.lru_cache(maxsize=_NR_PARSED)
     def parse(cls, data: bytes) -> Self:
         """Return the metadata of a file's contents.
 

@@ -3,13 +3,17 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from cfs.service.watcher import has_hung_up
 
-__all__ = ["Call", "Disconnection", "Peer", "close_fds"]
+__all__ = ["Call", "Disconnection", "Peer", "Replies", "close_fds"]
+
+Replies = Iterator[tuple[dict[str, Any], bool]]
+"""Parameters of replies, each with whether more follow."""
 
 _log = logging.getLogger(__name__)
 

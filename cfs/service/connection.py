@@ -7,7 +7,7 @@ here is how long it is waited for, and what it may cost.
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -46,16 +46,36 @@ class Budgets:
 
 
 class Connection:
-    """A connection, for the thread that serves it; only :meth:`shut_down` is for any thread."""
+    """A connection, for the thread that serves it; only :meth:`shut_down` is for any thread.
 
-    def __init__(self, channel: socket.socket, budgets: Budgets, watcher: Watcher) -> None:
+    Attributes:
+        peer: who connected.
+        disconnection: what to do once he has gone.
+        is_slow: the last call took long.
+    """
+
+    def __init__(
+        self,
+        channel: socket.socket,
+        budgets: Budgets,
+        watcher: Watcher,
+        before_waiting: Callable[[], None],
+    ) -> None:
         """Take over a connected socket.
+
+        Args:
+            channel: the socket.
+            budgets: shared by all connections.
+            watcher: of hang-ups.
+            before_waiting: called before the thread waits for the peer or handles a long message.
 
         Raises:
             OSError: as getsockopt(2).
         """
         self.peer = Peer(*peer_credentials(channel), peer_groups(channel))
         self.disconnection = Disconnection(self._watch)
+        self.is_slow = False
+        self._before_waiting = before_waiting
         self._channel = channel
         self._budgets = budgets
         self._watcher = watcher
@@ -135,13 +155,13 @@ class Connection:
         """Wait for a message, as long as it takes to begin, but not within it."""
         deadline = None
         while True:
-            self._await(select.POLLIN, deadline)
             message = self._reader.read()
             if message is not None:
                 return message
             self._charge_fds(self._reader.nr_fds)
             if deadline is None and self._reader.size:
                 deadline = time.monotonic() + _MESSAGE_SECONDS
+            self._await(select.POLLIN, deadline)
 
     def _await(self, event: int, deadline: float | None) -> None:
         """Wait until the socket can be read or written.
@@ -149,6 +169,7 @@ class Connection:
         Raises:
             ProtocolError: the peer is too slow.
         """
+        self._before_waiting()
         poll = select.poll()
         poll.register(self._channel, event)
         timeout = None
@@ -170,6 +191,7 @@ class Connection:
     def _reserve(self, size: int) -> None:
         """Charge a message that grows to ``size`` bytes; short ones are free."""
         if size > _FREE_SIZE:
+            self._before_waiting()
             self._charge_memory(size - self._charged_memory)
 
     def _charge_memory(self, amount: int) -> None:

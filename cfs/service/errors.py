@@ -18,6 +18,7 @@ __all__ = [
     "PermissionDenied",
     "ProtocolError",
     "ServiceError",
+    "internal_error",
 ]
 
 _MAX_NAME_SIZE = 1 << 10  # of what nobody has; longer ones are cut
@@ -38,6 +39,11 @@ class MethodError(Exception):
         self.name = name
         self.parameters = {**(parameters or {}), **more}
         super().__init__(f"{name} {self.parameters}")
+
+
+def internal_error(message: str) -> MethodError:
+    """Return ``InternalError``, which each interface has for all that has no error of its own."""
+    return MethodError("InternalError", message=message)
 
 
 class ServiceError(MethodError):

@@ -1,8 +1,9 @@
 """One FUSE mount of the service, as clients see it (spec cli-and-varlink c.4)."""
 
+import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,8 +11,14 @@ from typing import Any
 
 from cfs.errors import UnsupportedError
 from cfs.fuse.mounts import Mount
+from cfs.fuse.options import Mode
+from cfs.linux.mountinfo import MountEntry
+from cfs.service.rights import trusted_uids
 
-__all__ = ["FuseEntry", "FuseState"]
+__all__ = ["MODE_NAMES", "FuseEntry", "FuseState"]
+
+MODE_NAMES = {Mode.PLAIN: "Fuse", Mode.OVERLAY: "FuseOverlay"}
+"""``FuseMode`` of the IDL."""
 
 
 class FuseState(Enum):
@@ -67,6 +74,29 @@ class FuseEntry:
     untie: Callable[[], None] | None = None
     end_time: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_mounted_as(self, mounted: MountEntry) -> bool:
+        """Whether something in the kernel's list is this mount, at any place.
+
+        The number of a device is soon used again.  We learn late that a mount has gone whose user
+        has stopped his session, so for foreign users it takes more than the number: else they had
+        us end, or show, mounts of others.
+        """
+        if self.mount is None or mounted.device != self.mount.device:
+            return False
+        if self.owner_uid in trusted_uids():
+            return True
+        if mounted.fstype == b"overlay":  # tells no owner: only where he had it made
+            return mounted.mountpoint == os.fsencode(self.mount.mountpoint)
+        owner = b"user_id=%d" % self.owner_uid
+        return mounted.fstype.startswith(b"fuse.") and owner in mounted.options.split(b",")
+
+    def find_place(self, mounts: Iterable[MountEntry]) -> str | None:
+        """Return where it is, as JSON can hold it; others may have moved it, or attached it."""
+        found = [mounted.mountpoint for mounted in mounts if self.is_mounted_as(mounted)]
+        if not found or (self.mountpoint and os.fsencode(self.mountpoint) in found):
+            return self.mountpoint if found else None
+        return found[0].decode(errors="replace")
 
     def describe(self) -> dict[str, Any]:
         """Return it as ``FuseMount`` of the IDL."""

@@ -5,7 +5,6 @@ Names and parameters are those of the IDL.  Any thread may call; state: the hand
 
 import errno
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from cfs.linux.fusedev import fusermount_unmount
 from cfs.linux.mountinfo import find_topmost, list_mounts
 from cfs.linux.mounts import unmount
 from cfs.mount import detach as detach_mount
-from cfs.service.errors import MethodError
-from cfs.service.failures import internal_error
+from cfs.service.call import Replies
+from cfs.service.errors import MethodError, internal_error
 from cfs.service.fuse_entry import FuseEntry, FuseState
 from cfs.service.fuse_registry import FuseMounts
 from cfs.service.fuse_serving import FuseWish, serve, wait_for_change
@@ -29,7 +28,6 @@ __all__ = ["FuseMethods", "OciFuseMethods"]
 
 _END_SECONDS = 10.0
 _DETACH_SECONDS = 0.5  # what is not in use ends at once
-_Replies = Iterator[tuple[dict[str, Any], bool]]
 
 
 class FuseMethods:
@@ -49,7 +47,7 @@ class FuseMethods:
         mountpoint: str | None,
         wait: bool,
         options: dict[str, Any] | None,
-    ) -> _Replies:
+    ) -> Replies:
         """Serve an image over FUSE."""
         wish = FuseWish(
             handle=handle, image=image, mountpoint=mountpoint, wait=wait, options=options or {}
@@ -74,12 +72,12 @@ class FuseMethods:
                 raise internal_error(str(error)) from None
         return {}
 
-    def WatchMount(self, call: "Call", *, mount_id: int) -> _Replies:
+    def WatchMount(self, call: "Call", *, mount_id: int) -> Replies:
         """Report the state of a mount, and with more replies each change of it."""
         (entry,) = self._mounts.visible(call.peer, mount_id)
         return self._report(call, entry)
 
-    def _report(self, call: "Call", entry: FuseEntry) -> _Replies:
+    def _report(self, call: "Call", entry: FuseEntry) -> Replies:
         with self._mounts.watching(entry) as changes:
             while True:
                 mount = entry.describe()
@@ -93,9 +91,11 @@ class FuseMethods:
         """Take a mount out of the tree; who uses it may finish, unless it is in no tree of ours."""
         assert entry.mount is not None
         device = entry.mount.device
-        places = _places(device)
+        places = _places(entry)
         for place in reversed(places):
             detach_mount(os.fsdecode(place), device)
+        if _places(entry):  # another mount covers it
+            raise MethodError("MountBusy", mount_id=entry.number)
         if not places:
             self._mounts.end(entry)
         self._mounts.wait_ended([entry], _DETACH_SECONDS if places else _END_SECONDS)
@@ -104,7 +104,7 @@ class FuseMethods:
         """Unmount a mount that nobody uses."""
         assert entry.mount is not None
         device = entry.mount.device
-        places = _places(device)
+        places = _places(entry)
         for place in reversed(places):
             topmost = find_topmost(list_mounts(), place)
             if topmost is None or topmost.device != device or not _unmount_place(place, device):
@@ -132,7 +132,7 @@ class OciFuseMethods:
         bootable: bool,
         wait: bool,
         options: dict[str, Any] | None,
-    ) -> _Replies:
+    ) -> Replies:
         """Serve the file system of an OCI image over FUSE."""
         wish = FuseWish(
             handle=handle,
@@ -152,9 +152,9 @@ def _find(repository: "Repository", *, image: str, bootable: bool) -> str:
     return str(find_image(repository, image, bootable=bootable))
 
 
-def _places(device: int) -> list[bytes]:
-    """Return where a file system is mounted, in this mount name space."""
-    return [entry.mountpoint for entry in list_mounts() if entry.device == device]
+def _places(entry: FuseEntry) -> list[bytes]:
+    """Return where a mount is, in this mount name space."""
+    return [mounted.mountpoint for mounted in list_mounts() if entry.is_mounted_as(mounted)]
 
 
 def _unmount_place(place: bytes, device: int) -> bool:
@@ -170,7 +170,7 @@ def _unmount_place(place: bytes, device: int) -> bool:
         try:
             fusermount_unmount(path)
         except MountError as error:
-            if "busy" not in str(error):
+            if error.errno != errno.EBUSY:
                 raise
             return False
     except OSError as error:

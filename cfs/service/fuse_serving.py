@@ -20,21 +20,21 @@ from cfs.errors import (
     CfsError,
     InvalidRequestError,
     MountError,
+    MountPointError,
     NotFoundError,
     UnsupportedError,
     describe,
 )
 from cfs.fuse.options import MAX_WORKERS, Mode, Passthrough, ServeChoices, ServeOptions, Verify
 from cfs.fuse.program import User
-from cfs.linux.files import owned
+from cfs.linux.files import PATH_MAX, owned
 from cfs.linux.fusedev import open_device
 from cfs.mount import Place
 from cfs.mounting.choice import MountRequest, choose_serving
 from cfs.mounting.serving import Behalf, serve_file, serve_image
-from cfs.service.call import close_fds
-from cfs.service.errors import MethodError, PermissionDenied
-from cfs.service.failures import internal_error
-from cfs.service.fuse_entry import FuseEntry, FuseState
+from cfs.service.call import Replies, close_fds
+from cfs.service.errors import MethodError, PermissionDenied, internal_error
+from cfs.service.fuse_entry import MODE_NAMES, FuseEntry, FuseState
 from cfs.service.fuse_registry import FuseMounts
 from cfs.service.rights import as_peer, as_service, is_foreign, open_mountpoint
 
@@ -47,15 +47,13 @@ if TYPE_CHECKING:
 __all__ = ["FuseWish", "serve", "wait_for_change"]
 
 _MAX_WORKERS_WISHED = 256
-_MAX_PATH_SIZE = 4096  # PATH_MAX of the kernel
-_MODES = {"Fuse": Mode.PLAIN, "FuseOverlay": Mode.OVERLAY}
+_MODES = {name: mode for mode, name in MODE_NAMES.items()}
 _VERIFY = {"Off": Verify.OFF, "Open": Verify.OPEN, "Require": Verify.REQUIRE}
 _UNAVAILABLE = frozenset(
     (errno.EPERM, errno.ENODEV, errno.ENXIO, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)
 )
 _FOREIGN_SECONDS = 20.0  # whoever stops his session has the store in use meanwhile
 _FUSE_CONF = "/etc/fuse.conf"
-_Replies = Iterator[tuple[dict[str, Any], bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +90,14 @@ class FuseWish:
         return self.wait or self.options.get("lifetime") == "Connection"
 
 
-def serve(call: "Call", handles: "Handles", mounts: FuseMounts, wish: FuseWish) -> _Replies:
+def serve(call: "Call", handles: "Handles", mounts: FuseMounts, wish: FuseWish) -> Replies:
     """Serve an image; yield the replies of ``FuseServe`` and ``OciFuseMount``.
 
     Raises:
         MethodError: those that the two methods declare.
     """
-    with handles.get(call, wish.handle) as store:
-        entry = _start(call, store.repository, mounts, wish)
+    with handles.get(call, wish.handle) as repository:
+        entry = _start(call, repository, mounts, wish)
     assert entry.mount is not None
     fd_index = None
     tree_fd = entry.mount.take_tree()
@@ -115,7 +113,7 @@ def serve(call: "Call", handles: "Handles", mounts: FuseMounts, wish: FuseWish) 
         yield from _wait(call, mounts, entry)
 
 
-def _wait(call: "Call", mounts: FuseMounts, entry: FuseEntry) -> _Replies:
+def _wait(call: "Call", mounts: FuseMounts, entry: FuseEntry) -> Replies:
     """Wait for the end of a mount, which the end of the connection brings about as well."""
     try:
         with mounts.watching(entry) as changes:
@@ -188,8 +186,14 @@ def _start(call: "Call", repository: "Repository", mounts: FuseMounts, wish: Fus
     return entry
 
 
-def _place(stack: ExitStack, peer: "Peer", repository: "Repository", wish: FuseWish) -> str | Place:
-    """Return where to mount; what a foreign peer may not do is refused here, before all else."""
+def _place(
+    stack: ExitStack, peer: "Peer", repository: "Repository", wish: FuseWish
+) -> str | Place | MountPointError:
+    """Return where to mount, or why nothing can be mounted there.
+
+    Raises:
+        PermissionDenied: a foreign peer may not do that; this comes before all else.
+    """
     owner = (peer.uid, peer.gid) if is_foreign(peer) else None
     if owner is None:
         return Place("") if wish.mountpoint is None else wish.mountpoint
@@ -207,7 +211,8 @@ def _place(stack: ExitStack, peer: "Peer", repository: "Repository", wish: FuseW
         raise PermissionDenied from None
     except OSError as error:
         # found out now, told when its turn comes: mounting on it fails likewise
-        return Place(wish.mountpoint, directory_fd=-(error.errno or errno.EIO), owner=owner)
+        msg = f"mount point {wish.mountpoint}: {error.strerror}"
+        return MountPointError(msg, error.errno or errno.EIO)
     return Place(os.readlink(f"/proc/self/fd/{fd}"), directory_fd=fd, owner=owner)
 
 
@@ -234,7 +239,7 @@ def _check(call: "Call", wish: FuseWish, fds: Sequence[int]) -> None:
         "the image is empty": wish.image == "",
         "the image or the mount point has too long a name": max(  # they are listed for a while
             len(each or "") for each in (wish.image, wish.mountpoint)
-        ) >= _MAX_PATH_SIZE,
+        ) >= PATH_MAX,
         f"workers={workers}: expected 0 to {_MAX_WORKERS_WISHED}": workers is not None
         and workers > _MAX_WORKERS_WISHED,
         "without a mount point, wait needs more replies: the first one has the descriptor":
@@ -327,13 +332,15 @@ def _mount(
     peer: "Peer",
     repository: "Repository",
     image: str | int,
-    place: str | Place,
+    place: str | Place | MountPointError,
     *,
     options: ServeOptions,
     records: str | None,
     name: str,
 ) -> "Mount":
     """Mount, and return when it serves."""
+    if isinstance(place, MountPointError):
+        raise place
     behalf = Behalf()
     if is_foreign(peer):
         records = None  # they are for mounts of the service's own user
@@ -345,9 +352,6 @@ def _mount(
             mounting=partial(as_peer, peer, may_mount=True),
             patience=_FOREIGN_SECONDS,
         )
-        if isinstance(place, Place) and place.directory_fd < -1:
-            msg = f"mount point {place.path}: {os.strerror(-place.directory_fd)}"
-            raise MountError(msg, -place.directory_fd)
     if isinstance(image, str):
         return serve_image(
             repository, image, place, options, records=records, background=True, behalf=behalf
@@ -378,10 +382,11 @@ def _fuse_errors(wish: FuseWish) -> Iterator[None]:
         raise MethodError(wish.invalid, message=str(error)) from None
     except UnsupportedError as error:
         raise MethodError("FuseUnavailable", message=str(error)) from None
+    except MountPointError as error:
+        raise MethodError("MountFailed", message=str(error)) from None
     except MountError as error:
         text = str(error)
-        is_place = text.startswith(("mount point ", "cannot mount on "))
         wants_more = bool(wish.options.get("passthrough")) and "passthrough" in text
         is_unavailable = error.errno in _UNAVAILABLE or wants_more
-        name = "FuseUnavailable" if is_unavailable and not is_place else "MountFailed"
+        name = "FuseUnavailable" if is_unavailable else "MountFailed"
         raise MethodError(name, message=text) from None

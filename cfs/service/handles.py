@@ -3,9 +3,9 @@
 A handle belongs to the service: all connections of the user who opened it may use it, and it
 stays until it is closed.  To others it does not exist.
 
-All handles of a store share its one lock, and each call has its own use of the store
-(:class:`OpenStore`), which lasts even if the handle is closed meanwhile.  The store's lock keeps
-other processes out of a collection.  What runs in this process is kept out by a count of uses.
+All handles of a store share its one lock, and each call uses a repository of its own, which lasts
+even if the handle is closed meanwhile.  The store's lock keeps other processes out of a collection.
+What runs in this process is kept out by a count of uses.
 
 Any thread may call.  State: ``_condition`` guards all, and is held for moments; changed uses
 notify it.
@@ -25,14 +25,13 @@ from cfs.digest import Algorithm
 from cfs.errors import BusyError
 from cfs.repository.repository import Repository
 from cfs.service.budget import Budget
-from cfs.service.errors import MethodError
-from cfs.service.failures import internal_error
-from cfs.service.rights import as_peer, is_foreign
+from cfs.service.errors import MethodError, internal_error
+from cfs.service.rights import as_peer, is_foreign, trusted_uids
 
 if TYPE_CHECKING:
     from cfs.service.call import Call
 
-__all__ = ["Handles", "OpenStore", "Opened", "StoreOptions", "retry_busy"]
+__all__ = ["Handles", "Opened", "StoreOptions", "retry_busy"]
 
 _HANDLES_PER_UID, _HANDLES = 10_000, 100_000
 _PART_PER_UID, _PART = 8, 2  # of the process's descriptors, one for each store
@@ -83,12 +82,6 @@ class Opened(NamedTuple):
     objects_device: int | None
 
 
-class OpenStore(NamedTuple):
-    """A call's use of a store: a repository of its own, though others may have the store open."""
-
-    repository: Repository
-
-
 class Handles:
     """The open stores of the service."""
 
@@ -102,7 +95,7 @@ class Handles:
         self._uses: Counter[_Key] = Counter()
         self._exclusive: set[_Key] = set()
         self._nr_wanting: Counter[_Key] = Counter()  # exclusive use, for which others make room
-        trusted = frozenset({0, os.geteuid()})
+        trusted = trusted_uids()
         max_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # the server raises its own
         self._handle_budget = Budget(per_uid=_HANDLES_PER_UID, total=_HANDLES, trusted=trusted)
         self._store_budget = Budget(
@@ -170,7 +163,7 @@ class Handles:
             return Opened(self._last, repository.algorithm, device)
 
     @contextmanager
-    def get(self, call: "Call", handle: int) -> Iterator[OpenStore]:
+    def get(self, call: "Call", handle: int) -> Iterator[Repository]:
         """Use a store for the duration of a block, once no collection of ours has it alone.
 
         Until then the thread acts with the rights of the peer.  The use is the thread's: others
@@ -188,7 +181,7 @@ class Handles:
             self._uses[key] += 1
         try:
             with as_peer(call.peer), repository:
-                yield OpenStore(repository)
+                yield repository
         finally:
             with self._condition:
                 self._uses[key] -= 1
@@ -197,7 +190,7 @@ class Handles:
                 self._condition.notify_all()
 
     @contextmanager
-    def exclusive(self, call: "Call", handle: int) -> Iterator[OpenStore]:
+    def exclusive(self, call: "Call", handle: int) -> Iterator[Repository]:
         """Use a store for the duration of a block, as the only one in this process.
 
         New uses are held back for a moment, so that those under way can end: without that, many
@@ -219,7 +212,7 @@ class Handles:
             self._exclusive.add(key)
         try:
             with as_peer(call.peer), repository:
-                yield OpenStore(repository)
+                yield repository
         finally:
             with self._condition:
                 self._exclusive.remove(key)

@@ -12,7 +12,6 @@ import os
 import select
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
@@ -24,8 +23,9 @@ from cfs.linux.files import owned
 from cfs.oci.layers import find_layer
 from cfs.oci.splitdir import File, Inline, format_chunk
 from cfs.oci.transfer import send_layer
-from cfs.service.errors import MethodError
-from cfs.service.failures import internal_error
+from cfs.service.budget import Budget
+from cfs.service.errors import MethodError, internal_error
+from cfs.service.rights import trusted_uids
 
 if TYPE_CHECKING:
     from io import RawIOBase
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from cfs.digest import Digest
     from cfs.repository.repository import Repository
 
-__all__ = ["LayerSenders"]
+__all__ = ["PATIENCE", "LayerSenders"]
 
-_MAX_PER_USER = 64
+PATIENCE = 600.0  # seconds in which a client neither reads nor writes
+_MAX_PER_USER, _MAX = 64, 256  # a thread each
 _BUFFER_SIZE = 1 << 16
 _PIPE_SIZE = 1 << 18
-_PATIENCE = 600.0  # seconds in which a client reads nothing
 _STOP_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ OpenStore = Callable[[], AbstractContextManager["Repository"]]
 
 
 class LayerSenders:
-    """The layers that are being sent.  ``_lock`` guards threads and counts; any thread may call."""
+    """The layers that are being sent.  ``_lock`` guards the threads; any thread may call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
-        self._counts: Counter[int] = Counter()
+        self._budget = Budget(per_uid=_MAX_PER_USER, total=_MAX, trusted=trusted_uids())
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
 
     def start(self, uid: int, open_store: OpenStore, diff_id: str) -> list[int]:
@@ -77,22 +77,22 @@ class LayerSenders:
             try:
                 _send(open_store, diff_id, self._stop_fd, started)
             finally:
-                with self._lock:
-                    self._counts[uid] -= 1
-                    self._threads.remove(threading.current_thread())
+                forget()
+
+        def forget() -> None:
+            self._budget.give_back(uid, 1)
+            with self._lock:
+                self._threads.remove(thread)
 
         thread = threading.Thread(target=send, name="layer-sender")
+        if not self._budget.take(uid, 1):
+            raise internal_error("too many layers are being sent already")
         with self._lock:
-            if self._counts[uid] >= _MAX_PER_USER:
-                raise internal_error(f"{_MAX_PER_USER} layers are being sent to this user already")
-            self._counts[uid] += 1
             self._threads.add(thread)
         try:
             thread.start()
         except BaseException:
-            with self._lock:
-                self._counts[uid] -= 1
-                self._threads.remove(thread)
+            forget()
             raise
         return started.result()
 
@@ -187,6 +187,6 @@ def _wait(fd: int, events: int, stop_fd: int) -> None:
     poll = select.poll()
     poll.register(fd, events)
     poll.register(stop_fd, select.POLLIN)
-    ready = dict(poll.poll(_PATIENCE * 1000))
+    ready = dict(poll.poll(PATIENCE * 1000))
     if not ready or stop_fd in ready:
         raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))

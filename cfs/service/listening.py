@@ -49,9 +49,10 @@ def listening(address: str, mode: int = DEFAULT_MODE) -> Iterator[socket.socket]
 
 def _bind(channel: socket.socket, path: str, mode: int) -> None:
     """Bind a socket file, in the place of one that nobody serves."""
-    umask = os.umask(0o777)  # nobody connects before the mode is right
+    umask = os.umask(0)
     try:
         with short_name(path) as name:
+            os.fchmod(channel.fileno(), mode)  # bind gives the file the mode of the socket
             try:
                 channel.bind(name)
             except OSError as error:
@@ -60,7 +61,6 @@ def _bind(channel: socket.socket, path: str, mode: int) -> None:
                     raise BusyError(msg) from None
                 os.unlink(path)
                 channel.bind(name)
-            os.chmod(name, mode)
     finally:
         os.umask(umask)
 

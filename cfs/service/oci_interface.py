@@ -14,8 +14,7 @@ from cfs.oci.listing import inspect_image, list_images
 from cfs.oci.mountable import linked_mountable
 from cfs.oci.reference import Reference, parse_digest
 from cfs.oci.tags import remove_tag, resolve_tag, set_tag
-from cfs.service.errors import MethodError
-from cfs.service.failures import internal_error
+from cfs.service.errors import MethodError, internal_error
 from cfs.service.kernel_mounts import find_wrong_fds, reply_mount
 from cfs.service.oci_layers import LayerMethods
 from cfs.service.oci_pull import XATTR_MODES, PullMethods
@@ -24,6 +23,7 @@ from cfs.service.rights import refuse_foreign
 if TYPE_CHECKING:
     from cfs.repository.repository import Repository
     from cfs.service.call import Call
+    from cfs.service.handles import Handles
 
 __all__ = ["OciMethods", "find_image"]
 
@@ -39,6 +39,11 @@ class OciMethods(PullMethods, LayerMethods):
             any ``OSError`` stands as well.
     """
 
+    def __init__(self, handles: "Handles") -> None:
+        """Share the handles with the other interfaces."""
+        PullMethods.__init__(self, handles)
+        LayerMethods.__init__(self, handles)
+
     def close(self) -> None:
         """End what goes on: pulls fail, layers break off; for when no more calls come."""
         self.stop_pulls()
@@ -48,19 +53,19 @@ class OciMethods(PullMethods, LayerMethods):
         self, call: "Call", *, handle: int, filter: str | None  # noqa: A002 - the name on the wire
     ) -> dict[str, Any]:  # fmt: skip
         """Return the tagged images; those that are damaged are left out."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             listing = list_images(repository)
         images = [image for image in listing.images if filter is None or filter in image.name]
         return {"images": [asdict(image) for image in images]}
 
     def Check(self, call: "Call", *, handle: int, image: str | None) -> dict[str, Any]:
         """Verify images and the store beneath."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             return check_images(repository, image).as_dict()
 
     def Inspect(self, call: "Call", *, handle: int, image: str) -> dict[str, Any]:
         """Return what the store has of an image."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             reference = Reference.parse(image)
             if reference.tag is not None:
                 try:
@@ -76,12 +81,12 @@ class OciMethods(PullMethods, LayerMethods):
 
     def Tag(self, call: "Call", *, handle: int, manifest_digest: str, name: str) -> None:
         """Give a manifest a name."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             set_tag(repository, name, parse_digest(manifest_digest))
 
     def Untag(self, call: "Call", *, handle: int, name: str) -> None:
         """Drop a name."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             remove_tag(repository, name)
 
     def ComputeId(
@@ -95,7 +100,7 @@ class OciMethods(PullMethods, LayerMethods):
         xattrs: str | None,
     ) -> dict[str, Any]:
         """Return the digest of the image that an OCI image gives; ``@`` names the config."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             reference = Reference.parse(image)
             stream = None if verity is None else Digest.parse(verity)
             config, verify = find_config(repository, reference, stream)
@@ -107,7 +112,7 @@ class OciMethods(PullMethods, LayerMethods):
         self, call: "Call", *, handle: int, image: str, bootable: bool, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Make a mount of the kernel, attached nowhere."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             # root would mount what he has made, with set-user-ID files
             refuse_foreign(call.peer)
             digest = find_image(repository, image, bootable=bootable)

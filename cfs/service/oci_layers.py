@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from cfs.compat import override
 from cfs.digest import Digest
-from cfs.errors import FormatError
+from cfs.errors import FormatError, InvalidRequestError
 from cfs.objectdir import Method
 from cfs.oci.finalize import finalize_image
 from cfs.oci.layers import Statistics, find_sound_layer
+from cfs.oci.reference import parse_digest
 from cfs.oci.splitdir import File, read_chunks
 from cfs.oci.transfer import LayerMismatchError, receive_layer
 from cfs.repository.splitstream_format import ContentType
 from cfs.service.errors import MethodError
-from cfs.service.layer_sender import LayerSenders
-from cfs.service.oci_base import OciBase, checked_digest
+from cfs.service.layer_sender import PATIENCE, LayerSenders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerMethods"]
 
-_PATIENCE = 600  # seconds in which a client writes nothing
 _MIN_FDS = 2  # the stream and a directory
 _PIPE_SIZE = 1 << 16
 _COUNTED = (Method.REFLINKED, Method.HARDLINKED, Method.COPIED, Method.PRESENT)
 
 
-class LayerMethods(OciBase):
+class LayerMethods:
     """The methods; what is being sent ends with :meth:`stop_sending`."""
 
     def __init__(self, handles: "Handles") -> None:
-        super().__init__(handles)
+        """Share the handles with the other interfaces; nothing is being sent."""
+        self._handles = handles
         self._senders = LayerSenders()
 
     def stop_sending(self) -> None:
@@ -52,8 +52,8 @@ class LayerMethods(OciBase):
 
     def HasLayer(self, call: "Call", *, handle: int, diff_id: str) -> dict[str, Any]:
         """Tell whether a layer is there and complete."""
-        checked_digest(diff_id)
-        with self._repository(call, handle) as repository:
+        _checked_digest(diff_id)
+        with self._handles.get(call, handle) as repository:
             stream = find_sound_layer(repository, diff_id, ContentType.LAYER, ContentType.BLOB)
         return {"present": stream is not None, "layer_verity": stream and str(stream)}
 
@@ -62,8 +62,8 @@ class LayerMethods(OciBase):
         if params["diff_id"] is None:
             message = "diff_id is missing: this service has no containers-storage"
             raise MethodError("InvalidRequest", message=message)
-        diff_id = checked_digest(params["diff_id"])
-        fds = self._senders.start(call.peer.uid, lambda: self._repository(call, handle), diff_id)
+        diff_id = _checked_digest(params["diff_id"])
+        fds = self._senders.start(call.peer.uid, lambda: self._handles.get(call, handle), diff_id)
         call.reply_fds(fds)
         return {"dir_count": len(fds) - 2}  # without the stream, and the sign of its end
 
@@ -76,8 +76,8 @@ class LayerMethods(OciBase):
                 f"expected a stream and at least one directory, got {len(call.fds)} descriptors"
             )
             raise MethodError("InvalidRequest", message=message)
-        checked_digest(diff_id)
-        with self._repository(call, handle) as repository, ExitStack() as stack:
+        _checked_digest(diff_id)
+        with self._handles.get(call, handle) as repository, ExitStack() as stack:
             fds = call.take()
             for fd in fds[1:]:
                 stack.callback(os.close, fd)
@@ -95,7 +95,7 @@ class LayerMethods(OciBase):
         name: str | None,
     ) -> dict[str, Any]:
         """Complete an image whose layers are there."""
-        with self._repository(call, handle) as repository:
+        with self._handles.get(call, handle) as repository:
             streams = [_parse_layer(layer, repository.algorithm) for layer in layers]
             stored = finalize_image(
                 repository, manifest_json.encode(), config_json.encode(), streams, name
@@ -108,8 +108,20 @@ class LayerMethods(OciBase):
         }
 
 
+def _checked_digest(text: str) -> str:
+    """Return a digest as it is.
+
+    Raises:
+        MethodError: ``InvalidDigest``: it is none.
+    """
+    try:
+        return parse_digest(text)
+    except InvalidRequestError as error:
+        raise MethodError("InvalidDigest", message=str(error)) from None
+
+
 def _parse_layer(layer: "Mapping[str, Any]", algorithm: "Algorithm") -> tuple[str, Digest]:
-    diff_id = checked_digest(layer["diff_id"])
+    diff_id = _checked_digest(layer["diff_id"])
     try:
         stream = Digest.parse(layer["layer_verity"])
     except FormatError as error:
@@ -181,7 +193,7 @@ class _Incoming(io.RawIOBase):
             OSError: reading failed.
         """
         while True:
-            ready = dict(self._poll.poll(_PATIENCE * 1000))
+            ready = dict(self._poll.poll(PATIENCE * 1000))
             if not ready:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             if self._client in ready:

@@ -1,6 +1,5 @@
 """``Pull`` of ``org.composefs.Oci``: progress as replies (spec b.4, b.6)."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,12 @@ from cfs.oci.pull import (
     Started,
     link_boot,
 )
-from cfs.oci.sources import LocalFetch, SourceOptions, StoppedError, Stopper, needs_program
+from cfs.oci.sources import LocalFetch, SourceOptions, Stopper, needs_program
 from cfs.service.budget import Budget
-from cfs.service.errors import MethodError
-from cfs.service.failures import internal_error
-from cfs.service.oci_base import OciBase
+from cfs.service.call import Replies
+from cfs.service.errors import MethodError, internal_error
 from cfs.service.pull_process import Pace, pull
-from cfs.service.rights import refuse_foreign
+from cfs.service.rights import refuse_foreign, trusted_uids
 from cfs.transform.oci import XattrMode
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
     from cfs.service.call import Call
     from cfs.service.handles import Handles
 
-__all__ = ["XATTR_MODES", "Events", "PullMethods", "StoppedError"]
+__all__ = ["XATTR_MODES", "Events", "PullMethods"]
 
 XATTR_MODES = {
     None: XattrMode.ALLOWLIST_ONLY,
@@ -91,17 +89,17 @@ class _Wish:
         return digest
 
 
-class PullMethods(OciBase):
+class PullMethods:
     """The method; pulls under way end with :meth:`stop_pulls`."""
 
     def __init__(self, handles: "Handles") -> None:
-        super().__init__(handles)
+        """Share the handles with the other interfaces; no pulls are under way."""
+        self._handles = handles
         self._pulls_lock = threading.Lock()
         self._pulls: set[Stopper] = set()
-        trusted = frozenset({0, os.geteuid()})
-        self._budget = Budget(per_uid=_PULLS_PER_UID, total=_PULLS, trusted=trusted)
+        self._budget = Budget(per_uid=_PULLS_PER_UID, total=_PULLS, trusted=trusted_uids())
 
-    def Pull(self, call: "Call", **parameters: Any) -> Reply | Iterator[tuple[Reply, bool]]:
+    def Pull(self, call: "Call", **parameters: Any) -> Reply | Replies:
         """Fetch an image; a client that leaves ends it if it has asked for progress."""
         wish = _Wish(**parameters)
         if call.more and not call.oneway:
@@ -115,7 +113,7 @@ class PullMethods(OciBase):
             for stopper in self._pulls:
                 stopper.stop()
 
-    def _stream(self, call: "Call", wish: _Wish) -> Iterator[tuple[Reply, bool]]:
+    def _stream(self, call: "Call", wish: _Wish) -> Replies:
         events = Events()
         with (
             self._stoppable(call.peer.uid) as stopper,
@@ -155,7 +153,7 @@ class PullMethods(OciBase):
             storage_root=wish.storage_root,
             stopper=stopper,
         )
-        with self._repository(call, wish.handle) as repository:
+        with self._handles.get(call, wish.handle) as repository:
             expected = wish.expected(repository.algorithm)
             if needs_program(wish.image, options):
                 refuse_foreign(call.peer)  # it would have the rights and credentials of the service

@@ -25,7 +25,7 @@ from cfs.oci.pull import Event, Progress, Pulled, Report, Started
 from cfs.oci.pull import pull as pull_here
 from cfs.oci.sources import SourceOptions, Stopper
 from cfs.repository.repository import Repository
-from cfs.service.failures import internal_error
+from cfs.service.errors import internal_error
 from cfs.service.rights import as_service, load_modules
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from cfs.errors import (
     InvalidRequestError,
     NotFoundError,
     describe,
+    escape,
 )
-from cfs.linux.files import open_path, owned
+from cfs.linux.files import PATH_MAX, open_path, owned
 from cfs.repository.creation import Outcome, init
 from cfs.repository.fsck import check
 from cfs.repository.gc import Collection, collect
@@ -31,7 +32,7 @@ from cfs.service.budget import Budget
 from cfs.service.errors import MethodError
 from cfs.service.handles import retry_busy
 from cfs.service.kernel_mounts import find_wrong_fds, reply_mount
-from cfs.service.rights import as_peer, refuse_foreign, store_path
+from cfs.service.rights import as_peer, refuse_foreign, store_path, trusted_uids
 
 if TYPE_CHECKING:
     from cfs.service.call import Call
@@ -41,7 +42,6 @@ __all__ = ["RepositoryMethods"]
 
 _DEFAULT_ALGORITHM = "fsverity-sha512-12"
 _EROFS_VERSION = 1
-_MAX_PATH_SIZE = 4096  # bytes with NUL; PATH_MAX of the kernel
 _COLLECT_WAIT_S = 10.0  # for other processes; a client may have no more patience than 45 s
 _COLLECT_PAUSE_S = 0.1
 _CHECKS_PER_UID, _CHECKS = 4, 16
@@ -64,8 +64,7 @@ class RepositoryMethods:
     def __init__(self, handles: "Handles") -> None:
         """Share the handles with the other interfaces."""
         self._handles = handles
-        trusted = frozenset({0, os.geteuid()})
-        self._checks = Budget(per_uid=_CHECKS_PER_UID, total=_CHECKS, trusted=trusted)
+        self._checks = Budget(per_uid=_CHECKS_PER_UID, total=_CHECKS, trusted=trusted_uids())
 
     def InitRepository(
         self, call: "Call", *, path: str, algorithm: str | None, insecure: bool | None
@@ -138,8 +137,8 @@ class RepositoryMethods:
 
     def Fsck(self, call: "Call", *, handle: int, metadata_only: bool | None) -> _Reply:
         """Check a store."""
-        with self._handles.get(call, handle) as store, self._checking(call.peer.uid):
-            report = check(store.repository, metadata_only=bool(metadata_only))
+        with self._handles.get(call, handle) as repository, self._checking(call.peer.uid):
+            report = check(repository, metadata_only=bool(metadata_only))
         return {**report.as_dict(), "errors": _shorten(report.errors)}
 
     @contextmanager
@@ -155,8 +154,8 @@ class RepositoryMethods:
         """Remove what no name needs."""
         kept = [root.encode() for root in roots]
         if dry_run:
-            with self._handles.get(call, handle) as store:
-                found = collect(store.repository, kept, dry_run=True)
+            with self._handles.get(call, handle) as repository:
+                found = collect(repository, kept, dry_run=True)
         else:
             found = self._collect(call, handle, kept)
         _report_problems(found)
@@ -173,13 +172,13 @@ class RepositoryMethods:
 
         Between two tries the other calls on the store get their turn.
         """
-        with self._handles.get(call, handle) as store:
-            store.repository.check_writable()  # who may not collect shall hold nobody up
+        with self._handles.get(call, handle) as repository:
+            repository.check_writable()  # who may not collect shall hold nobody up
         deadline_s = time.monotonic() + _COLLECT_WAIT_S
         while True:
-            with self._handles.exclusive(call, handle) as store:
+            with self._handles.exclusive(call, handle) as repository:
                 try:
-                    return collect(store.repository, roots, on_wait=_give_up)
+                    return collect(repository, roots, on_wait=_give_up)
                 except BusyError:
                     if time.monotonic() > deadline_s or call.gone():
                         raise
@@ -187,26 +186,26 @@ class RepositoryMethods:
 
     def ImageObjects(self, call: "Call", *, handle: int, name: str) -> _Reply:
         """List the objects that an image needs."""
-        with self._handles.get(call, handle) as store:
+        with self._handles.get(call, handle) as repository:
             with _unknown_images(name):
-                digests = image_objects(store.repository, name)
-            prefix = store.repository.algorithm.name.lower()
+                digests = image_objects(repository, name)
+            prefix = repository.algorithm.name.lower()
         return {"object_ids": [f"{prefix}:{digest}" for digest in digests]}
 
     def ListImageRefs(self, call: "Call", *, handle: int) -> _Reply:
         """List the named images."""
-        with self._handles.get(call, handle) as store:
-            images = list_images(store.repository)
+        with self._handles.get(call, handle) as repository:
+            images = list_images(repository)
         return {"images": [{"name": image.name, "digest": image.digest} for image in images]}
 
     def Mount(self, call: "Call", *, handle: int, name: str, options: dict[str, Any]) -> _Reply:
         """Make a kernel mount of an image, attached nowhere."""
-        with self._handles.get(call, handle) as store:
+        with self._handles.get(call, handle) as repository:
             # a made-up image would reach the kernel, with set-user-ID files
             refuse_foreign(call.peer)
             if wrong := find_wrong_fds(call, options):
                 raise MethodError("InvalidSpec", {"message": wrong})
-            return reply_mount(call, store.repository, name, options)
+            return reply_mount(call, repository, name, options)
 
 
 def _check_path(path: str) -> None:
@@ -215,7 +214,7 @@ def _check_path(path: str) -> None:
     Raises:
         InvalidRequestError: it has a NUL, or too many bytes.
     """
-    if "\0" in path or len(path.encode()) >= _MAX_PATH_SIZE:
+    if "\0" in path or len(path.encode()) >= PATH_MAX:
         msg = "the path of the repository is too long, or has a NUL"
         raise InvalidRequestError(msg)
 
@@ -264,7 +263,7 @@ def _report_problems(collection: Collection) -> None:
         msg = f"no object was removed: what a name needs is not known: {first}{more}"
         raise IntegrityError(msg)
     for problem in collection.problems:
-        _log.warning("collection: %s", problem)
+        _log.warning("collection: %s", escape(str(problem)))
 
 
 def _shorten(errors: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cfs.errors import InvalidRequestError, UnsupportedError
 from cfs.linux.capabilities import Capability
 from cfs.linux.credentials import Credentials, acting_as
-from cfs.linux.files import naming, open_path, owned
+from cfs.linux.files import file_system, naming, open_path, owned
 from cfs.repository.repository import default_path
 from cfs.service.errors import PermissionDenied
 
@@ -35,18 +35,25 @@ __all__ = [
     "open_mountpoint",
     "refuse_foreign",
     "store_path",
+    "trusted_uids",
 ]
 
 _ROOT_UID = 0
+_CONTROL_GROUPS = (0x27E0EB, 0x63677270)  # magic numbers of cgroup and cgroup2, linux/magic.h
 # they import some modules only when they need them
 _LAZY_PACKAGES = ("cfs.erofs", "cfs.mounting", "cfs.oci", "cfs.repository", "cfs.transform")
 # of the thread that loads this module, before anybody is served
 _SERVICE = Credentials.current()
 
 
+def trusted_uids() -> frozenset[int]:
+    """Return who uses the service with all of its rights: root and its own user."""
+    return frozenset({_ROOT_UID, os.geteuid()})
+
+
 def is_foreign(peer: "Peer") -> bool:
     """Whether a peer is neither root nor the service's own user."""
-    return peer.uid not in (_ROOT_UID, os.geteuid())
+    return peer.uid not in trusted_uids()
 
 
 def refuse_foreign(peer: "Peer") -> None:
@@ -126,7 +133,8 @@ def store_path(peer: "Peer", *, user: bool) -> str:
 def open_mountpoint(peer: "Peer", path: str) -> int:
     """Open a directory that a peer wants to mount on; with ``O_PATH``, the caller's.
 
-    A foreign peer must own it and be able to write there, as fusermount3 demands.
+    A foreign peer must own it and be able to write there, as fusermount3 demands; a control group
+    that is his, which systemd looks into, he must not cover.
 
     Raises:
         PermissionDenied: it is not his.
@@ -137,7 +145,8 @@ def open_mountpoint(peer: "Peer", path: str) -> int:
         if is_foreign(peer):
             place = f"/proc/self/fd/{fd}"
             is_writable = os.access(place, os.W_OK | os.X_OK, effective_ids=True)
-            if os.fstat(fd).st_uid != peer.uid or not is_writable:
+            is_his = os.fstat(fd).st_uid == peer.uid and is_writable
+            if not is_his or file_system(fd) in _CONTROL_GROUPS:
                 raise PermissionDenied
         stack.pop_all()
         return fd

@@ -48,9 +48,10 @@ class Watcher:
                     self._epoll.unregister(fd)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, if it was started."""
         os.eventfd_write(self._wakeup, 1)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._epoll.close()
         os.close(self._wakeup)
 

@@ -6,8 +6,9 @@ function __cfsctl_complete
     set -l tool (string match -v cfsctl (basename $words[1]))
     set -l lines (COMPLETE=fish cfsctl -- $tool $words[2..-1] "$current" 2>/dev/null)
     test (count $lines) -gt 1; and printf '%s\n' $lines[2..-1]
-    set -l option (string match -r '^-[^=]*=' -- "$current")
-    set -l value (string replace -r '^-[^=]*=' '' -- "$current")
+    set -l before '^(?:-[^=]*=)?(?:(?:unix|oci|oci-archive|docker-archive|dir):)?'
+    set -l option (string match -r $before -- "$current")
+    set -l value (string replace -r $before '' -- "$current")
     set -l paths
     switch "$lines[1]"
         case files

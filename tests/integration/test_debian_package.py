@@ -16,6 +16,9 @@ dpkg --install /out/cfs_*.deb
 test "$(dpkg-query --show --showformat='${db:Status-Status}' composefs)" != installed
 test ! -e /usr/bin/of-composefs
 test -z "$(dpkg --verify cfs)"
+test -L /etc/systemd/system/sockets.target.wants/composefs.socket
+test -L /etc/systemd/user/sockets.target.wants/composefs.socket
+test -z "$(find /etc/systemd -name composefs.service)"
 cfsctl --version
 mount.composefs -h
 test "$(command -v mount.composefs)" = /usr/sbin/mount.composefs
@@ -40,7 +43,7 @@ XDG_RUNTIME_DIR=/tmp systemd-analyze --man=no --user verify /usr/lib/systemd/use
 test -e /usr/share/man/man1/cfsctl-oci-pull.1.gz
 grep mkcomposefs /usr/share/bash-completion/completions/mkcomposefs.bash
 dpkg --purge cfs
-test ! -e /usr/bin/cfsctl
+test -z "$(find /etc /usr /var/lib/systemd -name '*composefs*' -o -name cfs -o -name 'cfsctl*')"
 """
 
 

@@ -18,8 +18,8 @@ from cfs.oci.document_updates import update_config
 from cfs.oci.documents import ConfigDocument, load_config
 from cfs.oci.pull import Pulled, link_boot, pull
 from cfs.oci.sources import SourceOptions
+from cfs.repository.locks import lock_soon
 from cfs.repository.repository import Repository
-from tests.integration.waiting import wait_until
 from tests.oci_layouts import TAR, Layout, make_tar
 
 BASE = make_tar({"usr": None, "usr/a": b"a" * 100, "boot": None, "boot/k": b"k", "sysroot": None})
@@ -169,15 +169,17 @@ def test_a_damaged_manifest_does_not_stop_others(
     cfsctl("oci", "fsck")
 
 
-def has_waiter(path: Path) -> bool:
-    """Whether somebody waits for a lock of a file."""
-    lines = Path("/proc/locks").read_text().splitlines()
-    return any("->" in line and f":{path.stat().st_ino} " in line for line in lines)
-
-
 @pytest.mark.parametrize("what", ["pull", "boot image"])
-def test_images_that_others_add_meanwhile_are_kept(store: Path, layout: Layout, what: str) -> None:
+def test_images_that_others_add_meanwhile_are_kept(
+    store: Path, layout: Layout, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What they refer to is read, changed and written again: one at a time."""
+    waits = threading.Event()
+
+    def lock_soon_and_tell(fd: int) -> None:
+        waits.set()
+        lock_soon(fd)
+
     with Repository.open(str(store)) as first, Repository.open(str(store)) as second:
 
         def fetch(repository: Repository, tag: str) -> Pulled:
@@ -193,8 +195,9 @@ def test_images_that_others_add_meanwhile_are_kept(store: Path, layout: Layout, 
         }
         thread = threading.Thread(target=work[what])
         with first.updating():
+            monkeypatch.setattr("cfs.repository.repository.lock_soon", lock_soon_and_tell)
             thread.start()
-            wait_until(lambda: has_waiter(store / "streams"), "nobody waits for the lock")
+            assert waits.wait(60), "nobody waits for the lock"
             document = ConfigDocument(
                 digest=config.digest,
                 data=config.data,

@@ -29,11 +29,11 @@ source %s
 words=(%s) CURRENT=${#words}
 _cfsctl
 """
-# bash starts what stands behind -C with the word as second argument
+# bash starts what stands behind -C with the name of the command and the word
 BASH = r"""
 source %s
 action=$(complete -p cfsctl | sed "s/.*-C '\(.*\)' cfsctl/\1/")
-COMP_LINE=%s COMP_POINT=1000 bash -c "$action cfsctl %s before"
+COMP_LINE=%s COMP_POINT=1000 bash -c "$action %s %s before"
 """
 
 
@@ -84,6 +84,9 @@ def test_fish(store: Path) -> None:
     script = f"source {SCRIPTS}/cfsctl.fish; complete -C 'cfsctl --repo=sto'"
     found = run_shell("fish", script, store)
     assert [line.partition("\t")[0] for line in found] == ["--repo=store/"]
+    script = f"source {SCRIPTS}/cfsctl.fish; complete -C 'cfsctl oci pull oci:sto'"
+    found = run_shell("fish", script, store)
+    assert [line.partition("\t")[0] for line in found] == ["oci:store/"]
 
 
 def test_zsh(store: Path) -> None:
@@ -102,13 +105,15 @@ def test_zsh(store: Path) -> None:
 def test_bash(store: Path) -> None:
     def ask(line: str, word: str) -> list[str]:
         start = f"{SCRIPTS}/cfsctl.bash"
-        return run_shell("bash", BASH % (start, shlex.quote(line), shlex.quote(word)), store)
+        pieces = (start, shlex.quote(line), line.partition(" ")[0], shlex.quote(word))
+        return run_shell("bash", BASH % pieces, store)
 
     assert ask("cfsctl --repo store mount o", "o") == ["one"]
     assert ask("cfsctl --repo store mount $", "$") == ["'$(touch ran)'"]
     assert ask("cfsctl --repo store mount refs/with/slash:", "") == ["x"]
     assert ask("cfsctl mount --fuse=ye", "ye") == ["yes"]
-    assert ask("/usr/bin/mkcomposefs --hardl", "--hardl") == ["--hardlinks"]
+    for program in ("mkcomposefs", "/usr/bin/mkcomposefs"):
+        assert ask(f"{program} --hardl", "--hardl") == ["--hardlinks"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -17,6 +17,7 @@ from cfs.fuse import Launcher, Mount, ServeOptions, serve, start
 from cfs.fuse.handover import channel_pair
 from cfs.fuse.program import spawn
 from cfs.inodes import InodeVector
+from cfs.linux.traces import Trace
 from cfs.tree import Directory, Inode, Link, Regular
 from tests.integration.vectors import make_vector
 from tests.integration.waiting import children_of, wait_for_end, wait_until
@@ -204,9 +205,22 @@ def test_unmount_without_supervisor_ends_the_session(
 
 
 def test_orphaned_session_ends_the_mount_at_sigterm(
-    mnt: Path, objects: Path, vector: InodeVector
+    mnt: Path,
+    objects: Path,
+    vector: InodeVector,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    mount = start(vector, mnt, [objects], name="x")
+    trace = tmp_path / "trace"
+    trace.touch()
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    with Launcher(ServeOptions()) as launcher:
+        mount = launcher.start(
+            vector, mnt, [objects], name="x", traces=[Trace(directory, trace.name)]
+        )
+    os.close(directory)
+    os.kill(mount.pid, signal.SIGUSR1)  # it hears the starter first, so the session is told as well
+    wait_until(lambda: "restarts: 0\n" in capfd.readouterr().err, "statistics")
     session = mount.statistics().session_pid
     os.kill(session, signal.SIGTERM)  # the supervisor's business
     assert (mnt / "1").read_bytes() == CONTENT
@@ -215,6 +229,7 @@ def test_orphaned_session_ends_the_mount_at_sigterm(
     wait_for_end(mount.pid)
     wait_until(lambda: ends_by_sigterm(session), "the session to see that it is alone")
     assert not os.path.ismount(mnt)
+    assert not trace.exists()  # although signals kept coming
     mount.unmount()
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ import pytest
 
 from cfs.linux.mountinfo import mounted_at
 from cfs.linux.mounts import attach_mount, unmount
-from cfs.linux.sockets import receive_fds
-from cfs.service.fdstore import Notifier
 from cfs.service.fuse_registry import FuseMounts
 from tests.command_line import unpack_tree
 from tests.integration.fuse_service import (
@@ -24,6 +21,7 @@ from tests.integration.fuse_service import (
     Service,
     call,
     fail,
+    listed,
     receive,
     serve,
     service_at,
@@ -116,6 +114,17 @@ def test_detach_lets_users_finish(client: RawClient, mnt: Path) -> None:
         assert (listed["state"], listed["mountpoint"]) == ("Serving", None)
         assert file.read() == BIG
     wait_for_end(mount["server_pid"])
+
+
+def test_a_covered_mount_is_busy(client: RawClient, mnt: Path) -> None:
+    """It cannot be reached by its path; saying that it is gone would be wrong."""
+    below, above = serve(client, mnt), serve(client, mnt)
+    for detach in (False, True):
+        assert fail(client, "Unmount", mount_id=below["mount_id"], detach=detach) == "MountBusy"
+    assert [mount["state"] for mount in listed(client)] == ["Serving", "Serving"]
+    for mount in (above, below):
+        assert call(client, "Unmount", mount_id=mount["mount_id"], detach=True) == {}
+    assert mounted_at(str(mnt)) is None
 
 
 def test_outside_unmount(service: Service, client: RawClient, mnt: Path) -> None:
@@ -260,99 +269,3 @@ def test_oneway_serves(client: RawClient, mnt: Path) -> None:
     client.send(REPOSITORY + "FuseServe", parameters=parameters, oneway=True)
     assert [mount["state"] for mount in call(client, "ListMounts")["mounts"]] == ["Serving"]
     assert (mnt / "small").read_text() == "text"
-
-
-class Systemd:
-    """A descriptor store, as systemd's."""
-
-    def __init__(self, directory: Path) -> None:
-        self.stored: dict[str, int] = {}
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(directory / "notify"))
-        self.notifier = Notifier(str(directory / "notify"))
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            message, fds = receive_fds(self._socket, 4096, 16)
-            fields = dict(line.split("=", 1) for line in message.decode().splitlines())
-            name = fields.get("FDNAME", "")
-            if "FDSTORE" in fields:
-                self.stored[name] = fds.pop()
-            if "FDSTOREREMOVE" in fields and name in self.stored:
-                os.close(self.stored.pop(name))
-            for fd in fds:
-                os.close(fd)
-            if not message:
-                return
-
-    def hand_over(self) -> dict[str, list[int]]:
-        return {name: [os.dup(fd)] for name, fd in self.stored.items()}
-
-    def close(self) -> None:
-        self.notifier.send("")
-        self._thread.join()
-        self._socket.close()
-        for fd in self.stored.values():
-            os.close(fd)
-        self.stored.clear()
-
-
-@pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    systemd = Systemd(tmp_path)
-    yield systemd
-    systemd.close()
-
-
-def reap(mounts: FuseMounts) -> None:
-    """Wait for the children of a service that lives in this process and has let go of them."""
-    for entry in mounts._entries.values():
-        if entry.mount is not None:
-            entry.mount.wait()
-
-
-def test_mount_survives_a_restart(
-    tmp_path: Path, store: Store, mnt: Path, systemd: Systemd
-) -> None:
-    first = FuseMounts(systemd.notifier)
-    with service_at(tmp_path, first) as service:
-        client = service.connect()
-        service.open(client, store.path)
-        before = serve(client, mnt)
-        other = tmp_path / "other"
-        other.mkdir()
-        serve(client, other, options={**PLAIN, "lifetime": "Connection"})
-    wait_until_unmounted(other)
-    assert (mnt / "big").read_bytes() == BIG
-    mounts = FuseMounts(systemd.notifier)
-    mounts.adopt(systemd.hand_over())
-    with service_at(tmp_path, mounts) as service:
-        client = service.connect()
-        (after,) = call(client, "ListMounts")["mounts"]
-        assert after["requests"] > before["requests"]
-        after["requests"] = before["requests"]
-        assert after == before
-        assert service.open(client, store.path) == 1
-        assert serve(client, other)["mount_id"] == 3
-        assert call(client, "Unmount", mount_id=1) == {}
-        assert call(client, "ListMounts", mount_id=1)["mounts"][0]["state"] == "Ended"
-        assert call(client, "Unmount", mount_id=3) == {}
-        assert mounted_at(str(mnt)) is None
-        systemd.notifier.barrier()
-        assert list(systemd.stored) == ["cfs-mount.0.last"]
-    reap(first)
-
-
-def test_real_stop_unmounts(tmp_path: Path, store: Store, mnt: Path, systemd: Systemd) -> None:
-    mounts = FuseMounts(systemd.notifier)
-    with service_at(tmp_path, mounts) as service:
-        client = service.connect()
-        service.open(client, store.path)
-        pid = serve(client, mnt)["server_pid"]
-    assert mounted_at(str(mnt)) is not None
-    systemd.close()
-    wait_for_end(pid)
-    assert mounted_at(str(mnt)) is None
-    reap(mounts)

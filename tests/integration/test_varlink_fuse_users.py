@@ -6,20 +6,19 @@ more by one of them, in a mount name space of their own where it is.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cfs.linux.mountinfo import mounted_at
-from cfs.linux.sockets import receive_fds
 from cfs.service import fuse_serving
+from cfs.service.call import Peer
 from cfs.service.fuse_registry import FuseMounts
 from tests.integration.fuse_service import (
     Service,
@@ -34,6 +33,7 @@ from tests.integration.stores import CFSCTL, Store
 from tests.integration.waiting import children_of, wait_for_end, wait_until
 from tests.paths import CHECKOUT
 from tests.varlink_client import SECONDS, RawClient
+from tests.varlink_process import connect_as, is_listening
 
 pytestmark = pytest.mark.usefixtures("root", "fuse")
 
@@ -46,15 +46,6 @@ mknod -m 666 "$1/fuse" c 10 229
 mount --bind "$1/fuse" /dev/fuse
 shift
 exec "$@"
-"""
-CONNECT = """
-import os, socket, sys
-os.setgroups([])
-os.setresgid(65534, 65534, 65534)
-os.setresuid(65534, 65534, 65534)
-channel = socket.socket(socket.AF_UNIX)
-channel.connect(sys.argv[2])
-socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"x"], [channel.fileno()])
 """
 
 
@@ -89,19 +80,6 @@ def test_in_a_name_space(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     reasons = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     assert all("already" in reason for reason in reasons), reasons
-
-
-@contextmanager
-def connected_as_nobody(path: Path) -> Iterator[RawClient]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        command = [sys.executable, "-c", CONNECT, str(theirs.fileno()), str(path)]
-        subprocess.run(command, pass_fds=[theirs.fileno()], check=True, timeout=SECONDS)
-        _, (fd,) = receive_fds(ours, 1, 1)
-    channel = socket.socket(fileno=fd)
-    channel.settimeout(SECONDS)
-    with RawClient(channel) as client:
-        yield client
 
 
 def as_nobody(*command: str) -> bytes:
@@ -143,7 +121,7 @@ def service(directory: Path, store: Store) -> Iterator[Service]:  # noqa: ARG001
 
 @pytest.fixture
 def nobody(service: Service, store: Store) -> Iterator[RawClient]:
-    with connected_as_nobody(service.path) as client:
+    with connect_as(service.path, NOBODY) as client:
         assert service.open(client, store.path) == 1
         yield client
 
@@ -244,6 +222,32 @@ def test_session_stopped_by_its_user(service: Service, nobody: RawClient, direct
     wait_for_end(session)
 
 
+@pytest.mark.usefixtures("open_device", "overlay", "private_mounts")
+@pytest.mark.parametrize("mode", ["Fuse", "FuseOverlay"])
+def test_number_of_a_device_that_is_another_mount_by_now(
+    service: Service, nobody: RawClient, directory: Path, mode: str
+) -> None:
+    """A user whose mount has gone, while his session cannot tell us, ends no mount of others."""
+    own, victim = directory / "own", directory / "victim"
+    mount = serve(nobody, own, options={"mode": mode})
+    (session,) = children_of(mount["server_pid"])
+    os.kill(session, signal.SIGSTOP)
+    subprocess.run(["umount", "-l", str(own)], check=True)
+    victim.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(victim)], check=True)
+    try:
+        (entry,) = service.mounts.visible(Peer(1, NOBODY, NOBODY, ()))
+        assert entry.mount is not None
+        entry.mount.device = victim.stat().st_dev  # as a rule it is already
+        assert [each["mountpoint"] for each in listed(nobody)] == [None]
+        assert call(nobody, "Unmount", mount_id=1, detach=True) == {}
+        assert mounted_at(str(victim)) is not None
+        assert [each["state"] for each in listed(nobody)] == ["Ended"]
+    finally:
+        subprocess.run(["umount", "-l", str(victim)], check=True)
+    wait_for_end(session)
+
+
 @pytest.mark.usefixtures("open_device")
 def test_session_stopped_by_its_user_while_it_starts(
     nobody: RawClient, directory: Path, monkeypatch: pytest.MonkeyPatch
@@ -276,11 +280,6 @@ def test_session_stopped_by_its_user_while_it_starts(
     assert [mount["state"] for mount in listed(nobody)] == ["Failed"]
 
 
-def is_listening(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as channel:
-        return channel.connect_ex(str(path)) == 0
-
-
 @pytest.mark.usefixtures("open_device")
 def test_service_of_an_ordinary_user(directory: Path) -> None:
     """Its mounts are made by fusermount3."""
@@ -298,7 +297,7 @@ def test_service_of_an_ordinary_user(directory: Path) -> None:
         server = stack.enter_context(subprocess.Popen(command, cwd=CHECKOUT))
         stack.callback(server.kill)
         wait_until(lambda: is_listening(own / "socket"), "the service")
-        client = stack.enter_context(connected_as_nobody(own / "socket"))
+        client = stack.enter_context(connect_as(own / "socket", NOBODY))
         assert call(client, "OpenRepository", path=str(store.path))["handle"] == 1
         mount = serve(client, place)
         assert as_nobody("cat", str(place / "small")) == b"text"

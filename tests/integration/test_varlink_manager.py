@@ -20,7 +20,7 @@ import pytest
 from cfs.linux.mountinfo import mounted_at
 from cfs.linux.sockets import receive_fds
 from tests.command_line import command, environment
-from tests.integration.fuse_service import call, listed, serve
+from tests.integration.fuse_service import PLAIN, call, listed, serve
 from tests.integration.stores import Store
 from tests.integration.waiting import wait_for_end, wait_until
 from tests.varlink_client import SECONDS, RawClient
@@ -89,6 +89,11 @@ class Manager:
         status = 0 if number == signal.SIGTERM else -number
         assert (self.process.returncode, out, err) == (status, b"", b"")
         self.process = None
+
+    def stored_numbers(self) -> set[str]:
+        """Return the numbers of the mounts that are kept, and 0 for the last number."""
+        with self._changed:
+            return {name.split(".")[1] for name, _ in self.stored}
 
     def release(self) -> None:
         """Empty the store, as at a real stop."""
@@ -183,6 +188,7 @@ def test_restart_kill_and_stop(tmp_path: Path, store: Store, mnt: Path, manager:
             assert [{**mount, "requests": 0} for mount in found] == [
                 {**mount, "requests": 0} for mount in before
             ]
+            assert found[0]["requests"] > before[0]["requests"]
     os.close(reader)
     with RawClient.connect(str(tmp_path / "socket")) as client:
         assert call(client, "Unmount", mount_id=2) == {}
@@ -192,6 +198,7 @@ def test_restart_kill_and_stop(tmp_path: Path, store: Store, mnt: Path, manager:
         assert call(client, "Unmount", mount_id=3) == {}
     manager.end()
     assert is_mounted(mnt)
+    wait_until(lambda: manager.stored_numbers() == {"0", "1"}, "what has ended is not kept")
     manager.release()
     wait_for_end(before[0]["server_pid"])
     assert not is_mounted(mnt)
@@ -222,6 +229,21 @@ def test_without_a_store_mounts_end_with_the_service(
         serve(client, mnt)
     manager.end()
     assert not is_mounted(mnt)
+
+
+def test_a_mount_of_a_connection_is_not_kept(
+    tmp_path: Path, manager: Manager, store: Store, mnt: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with manager.start() as client:
+        call(client, "OpenRepository", path=str(store.path))
+        serve(client, mnt, options={**PLAIN, "lifetime": "Connection"})
+        serve(client, other)
+        manager.end()
+        assert not is_mounted(mnt)
+    manager.release()
+    wait_until_unmounted(other)
 
 
 def test_everything_is_killed(manager: Manager, store: Store, mnt: Path) -> None:

@@ -18,6 +18,7 @@ from cfs.linux.framing import close_all
 from cfs.linux.fusedev import open_device
 from cfs.linux.mounts import attach_mount, detach_mount
 from cfs.mount import create_detached
+from cfs.service.leadership import MAX_FOLLOWERS
 from tests.integration.waiting import wait_until
 from tests.oci_layouts import Layout, digest_of, make_tar
 from tests.varlink_client import Json, RawClient
@@ -184,7 +185,7 @@ def test_pulls_whose_clients_leave(
                 pass
         assert call(client, "CloseRepository", handle=handle) == {}
     wait_until(lambda: not service.children(), "processes stay")
-    wait_until(lambda: service.threads() <= threads, "threads stay")
+    wait_until(lambda: service.threads() <= threads + MAX_FOLLOWERS, "threads stay")
     wait_until(lambda: len(service.descriptors()) <= fds, "descriptors stay")
     for number in range(3):
         store = tmp_path / f"store{number}"

@@ -53,7 +53,7 @@ def children() -> set[int]:
 
 def busy_threads() -> list[str]:
     names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith(("pull", "layer", "skopeo", "connection"))]
+    return [name for name in names if name.startswith(("pull", "layer", "skopeo"))]
 
 
 def wish(hostile: HostileRegistry, client: RawClient, store: Path) -> Json:

@@ -1,4 +1,4 @@
-"""``org.composefs.Repository`` answers as composefs-rs does, or better where that has defects."""
+"""``org.composefs.Repository``, beside the recorded exchanges."""
 
 import fcntl
 import json
@@ -20,20 +20,10 @@ from cfs.repository.fsck import Report, check
 from cfs.repository.repository import Repository
 from cfs.service import handles, repository_interface
 from cfs.service.handles import StoreOptions
-from tests.integration.varlink_replay import replay, whole_service
+from tests.integration.varlink_replay import whole_service
 from tests.varlink_client import SECONDS, Json, RawClient, serving
 
 INTERFACE = "org.composefs.Repository"
-
-
-@pytest.mark.parametrize("name", ["init", "repository"])
-def test_golden(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert replay(name, tmp_path, monkeypatch) == []
-
-
-@pytest.mark.usefixtures("overlay")
-def test_golden_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert replay("mount", tmp_path, monkeypatch) == []
 
 
 @pytest.fixture

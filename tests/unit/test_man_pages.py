@@ -9,6 +9,7 @@ import click
 import pytest
 
 from cfs.cli.cfsctl import cfsctl
+from cfs.cli.connect import REMOTES
 from tests.paths import CHECKOUT
 
 MAN = CHECKOUT / "packaging" / "man"
@@ -42,6 +43,19 @@ def test_there_is_a_page_for_everything_and_no_other(pages: dict[str, str]) -> N
     expected = {*commands(cfsctl, "cfsctl"), *TOOLS, *(f"{name}.7" for name in INTERFACES)}
     assert set(pages) == expected
     assert {path.name for path in (MAN / "notes").iterdir()} <= {name[:-2] for name in expected}
+
+
+def test_the_commands_of_a_service_are_named(pages: dict[str, str]) -> None:
+    section = pages["cfsctl.1"].partition("A service can do")[2].partition("\n.SH ")[0]
+    own, _, oci = section.replace("\\-", "-").partition("commands")
+    lines = {"": own, "oci ": oci}
+    found = {
+        f"{group}{word}"
+        for group, text in lines.items()
+        for line in re.findall(r"^\.BR (.*)$", text, re.MULTILINE)
+        for word in re.sub(r'", "|[;.]', " ", line).split()
+    }
+    assert found == set(REMOTES) - {"list-images"}
 
 
 def test_pages_have_exactly_the_options_of_the_commands(pages: dict[str, str]) -> None:

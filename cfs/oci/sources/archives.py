@@ -20,7 +20,7 @@ from cfs.errors import (
     NotFoundError,
     explaining,
 )
-from cfs.linux.files import open_path, owned
+from cfs.linux.files import PATH_MAX, open_path, owned
 from cfs.oci.compression import decompress, detect_compression
 from cfs.oci.manifest import Compression
 from cfs.oci.sources import SourceOptions
@@ -41,7 +41,6 @@ __all__ = [
 _OPEN_ARCHIVE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _TEMPORARY_PLACE = "/var/tmp"  # noqa: S108 - the file has no name; /tmp may be memory
 _MAX_MEMBERS = 1 << 16
-_MAX_PATH_SIZE = 4096  # PATH_MAX
 _MAX_LINKS = 40  # as the kernel
 
 
@@ -137,8 +136,8 @@ class TarFiles:
 
 def _normalize(path: bytes) -> str:
     """Return a path without anything that means nothing; one never leaves the archive."""
-    if len(path) > _MAX_PATH_SIZE:
-        msg = f"tar: a path of {len(path)} bytes: expected at most {_MAX_PATH_SIZE}"
+    if len(path) > PATH_MAX:
+        msg = f"tar: a path of {len(path)} bytes: expected at most {PATH_MAX}"
         raise FormatError(msg)
     return os.fsdecode(os.path.normpath(b"/" + path.lstrip(b"/")))
 

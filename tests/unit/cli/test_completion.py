@@ -92,6 +92,8 @@ def test_hidden_options_and_commands_are_not_offered() -> None:
         (["create-image", ""], "directories"),
         (["mount", "image", ""], "directories"),
         (["oci", "pull", "--authfile", ""], "files"),
+        (["oci", "pull", "oci:"], "files"),
+        (["fuse-serve", ""], "files"),
         (["fuse-serve", "--basedir", ""], "directories"),
         (["init", "path", ""], "nothing"),
         (["--connect="], "files"),

@@ -6,14 +6,14 @@ import os
 import socket
 import threading
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cfs.client import AsyncClient, Client
+from cfs.client.address import SYSTEM_ADDRESS, default_addresses
 from cfs.client.errors import (
     ConnectionLostError,
     InternalError,
@@ -23,7 +23,7 @@ from cfs.client.errors import (
 )
 from cfs.client.fuse import FuseMode, FuseParams
 from cfs.client.methods import Method
-from cfs.client.oci import GetInfo, Inspect, Pull
+from cfs.client.oci import GetInfo, Inspect
 from cfs.client.repository import (
     CloseRepository,
     FuseServe,
@@ -33,73 +33,19 @@ from cfs.client.repository import (
     OpenRepository,
 )
 from cfs.errors import InvalidRequestError
-
-Answer = Callable[[socket.socket, dict[str, Any], list[int]], None]
-TIMEOUT = 20
+from tests.unit.client.peer import TIMEOUT, replying, serving
 
 
-class Peer:
-    """Accepts connections, one after the other, answers each call, and remembers them."""
-
-    def __init__(self, path: Path, answer: Answer, nr_connections: int) -> None:
-        self._nr_connections = nr_connections
-        self.calls: list[dict[str, Any]] = []
-        self.address = f"unix:{path}"
-        self._answer = answer
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._listener.settimeout(TIMEOUT)
-        self.thread = threading.Thread(target=self._serve)
-        self.thread.start()
-
-    def _serve(self) -> None:
-        with self._listener:
-            for _ in range(self._nr_connections):
-                self._answer_all(self._listener.accept()[0])
-
-    def _answer_all(self, channel: socket.socket) -> None:
-        with channel:
-            channel.settimeout(TIMEOUT)
-            data = b""
-            while True:
-                room = socket.CMSG_SPACE(16)
-                try:
-                    piece, ancillary, _, _ = channel.recvmsg(1 << 16, room)
-                except ConnectionResetError:
-                    return
-                if not piece:
-                    return
-                fds = array("i")
-                for _, _, content in ancillary:
-                    fds.frombytes(content)
-                data += piece
-                while b"\0" in data:
-                    message, _, data = data.partition(b"\0")
-                    self.calls.append(json.loads(message))
-                    with suppress(BrokenPipeError):
-                        self._answer(channel, self.calls[-1], list(fds))
-                for fd in fds:
-                    os.close(fd)
-
-
-@contextmanager
-def serving(path: Path, answer: Answer, nr_connections: int = 1) -> Iterator[Peer]:
-    peer = Peer(path, answer, nr_connections)
-    try:
-        yield peer
-    finally:
-        peer.thread.join(TIMEOUT)
-        assert not peer.thread.is_alive()
-
-
-def replying(*messages: object) -> Answer:
-    def answer(channel: socket.socket, _: dict[str, Any], __: list[int]) -> None:
-        for message in messages:
-            data = message if isinstance(message, bytes) else json.dumps(message).encode()
-            channel.sendall(data + b"\0")
-
-    return answer
+def test_a_directory_of_somebody_else_has_no_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """su(1) leaves XDG_RUNTIME_DIR as it was."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert f"unix:{tmp_path}/composefs/composefs.sock" in default_addresses()
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert default_addresses() == [SYSTEM_ADDRESS]
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
+    assert default_addresses() == [SYSTEM_ADDRESS]
 
 
 def run_blocking(address: str, methods: list[Method[Any]], **how: Any) -> list[Any]:
@@ -285,140 +231,6 @@ def test_descriptors_in_both_directions(tmp_path: Path, run: Runner) -> None:
     os.close(fd)
     os.close(file)
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-PULL_REPLIES = [
-    {"parameters": {"message": "2 layers"}, "continues": True},
-    {"parameters": {"started": {"id": "a", "total": None, "unit": "Bytes"}}, "continues": True},
-    {"error": "org.composefs.Oci.InternalError", "parameters": {"message": "no"}},
-]
-
-
-def test_streams(tmp_path: Path) -> None:
-    with serving(tmp_path / "s", replying(*PULL_REPLIES)) as peer, Client(peer.address) as client:
-        found = []
-        with pytest.raises(InternalError):  # noqa: PT012 - what comes before it counts
-            for reply in client.stream(Pull(1, "oci:x")):
-                found.append(reply)
-                with pytest.raises(InvalidRequestError, match="stream is under way"):
-                    client.call(GetInfo())
-        assert found[0].message == "2 layers"
-        assert found[1].started is not None
-        assert found[1].started.total is None
-        with pytest.raises(InternalError):
-            list(client.stream(Pull(1, "oci:x")))
-    assert [call["more"] for call in peer.calls] == [True, True]
-
-
-def test_streams_of_the_asynchronous_client(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with AsyncClient(peer.address) as client:
-            found = []
-            with pytest.raises(InternalError):  # noqa: PT012 - what comes before it counts
-                async for reply in client.stream(Pull(1, "oci:x")):
-                    found.append(reply)
-                    with pytest.raises(InvalidRequestError, match="stream is under way"):
-                        await client.call(GetInfo())
-            assert found[0].message == "2 layers"
-            async with aclosing(client.stream(Pull(1, "oci:x"))) as replies:
-                async for _ in replies:
-                    break
-            with pytest.raises(ConnectionLostError, match="is closed"):
-                await client.call(GetInfo())
-
-    with serving(tmp_path / "s", replying(*PULL_REPLIES)) as peer:
-        asyncio.run(run())
-
-
-def test_leaving_a_stream_closes_the_connection(tmp_path: Path) -> None:
-    with serving(tmp_path / "s", replying(*PULL_REPLIES)) as peer, Client(peer.address) as client:
-        for _ in client.stream(Pull(1, "oci:x")):
-            break
-        with pytest.raises(ConnectionLostError, match="is closed"):
-            client.call(GetInfo())
-
-
-def test_calls_without_reply(tmp_path: Path) -> None:
-    def answer(channel: socket.socket, call: dict[str, Any], _: list[int]) -> None:
-        if not call.get("oneway"):
-            channel.sendall(b'{"parameters":{"features":[]}}\0')
-
-    with serving(tmp_path / "s", answer) as peer, Client(peer.address) as client:
-        client.send(GetInfo())
-        assert client.call(GetInfo()).features == []
-        assert client.peer_uid == os.geteuid()
-    assert [call.get("oneway", False) for call in peer.calls] == [True, False]
-
-
-def test_cancelled_and_concurrent_calls(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with AsyncClient(peer.address) as client:
-            async with asyncio.TaskGroup() as tasks:
-                found = [tasks.create_task(client.call(GetInfo())) for _ in range(5)]
-            assert [task.result().features for task in found] == [["y"]] * 5
-            waiting = asyncio.create_task(client.call(Inspect(1, "never")))
-            await asyncio.to_thread(asked.wait, TIMEOUT)
-            waiting.cancel()
-            with suppress(asyncio.CancelledError):
-                await waiting
-            with pytest.raises(ConnectionLostError, match="is closed"):
-                await client.call(GetInfo())
-
-    asked = threading.Event()
-
-    def answer(channel: socket.socket, call: dict[str, Any], _: list[int]) -> None:
-        if "Inspect" in call["method"]:
-            asked.set()
-        else:
-            channel.sendall(b'{"parameters":{"features":["y"]}}\0')
-
-    with serving(tmp_path / "s", answer) as peer:
-        asyncio.run(run())
-
-
-def test_closing_ends_a_call_of_another_task(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with AsyncClient(peer.address) as client:
-            waiting = asyncio.create_task(client.call(Inspect(1, "never")))
-            second = asyncio.create_task(client.call(GetInfo()))
-            await asyncio.to_thread(asked.wait, TIMEOUT)
-            client.close()
-            for task in (waiting, second):
-                with pytest.raises(ConnectionLostError, match="closed"):
-                    await task
-
-    asked = threading.Event()
-    with serving(tmp_path / "s", lambda *_: asked.set()) as peer:
-        asyncio.run(run())
-
-
-@pytest.mark.parametrize("end", [asyncio.CancelledError, ConnectionLostError])
-def test_a_call_that_ends_within_a_reply_closes_its_descriptors(
-    tmp_path: Path, end: type[BaseException]
-) -> None:
-    def answer(channel: socket.socket, _: dict[str, Any], __: list[int]) -> None:
-        socket.send_fds(channel, [b'{"parameters":'], [marked.fileno()] * 3)
-
-    def nr_received() -> int:
-        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-        return sum(os.path.exists(link) and os.path.samefile(link, marked.name) for link in links)
-
-    async def run() -> None:
-        async with AsyncClient(peer.address) as client:
-            task = asyncio.create_task(client.call(Mount(1, "x")))
-            async with asyncio.timeout(TIMEOUT):
-                while nr_received() < 4:
-                    await asyncio.sleep(0.001)
-            if end is asyncio.CancelledError:
-                task.cancel()
-            else:
-                client.close()
-            with pytest.raises(end):
-                await task
-
-    with (tmp_path / "file").open("w") as marked, serving(tmp_path / "s", answer) as peer:
-        asyncio.run(run())
-        assert nr_received() == 1
 
 
 def test_text_of_errors(tmp_path: Path) -> None:

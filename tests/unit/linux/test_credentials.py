@@ -136,6 +136,8 @@ def test_what_the_process_has_open_is_out_of_reach(tmp_path: Path) -> None:
             open_path(".", os.O_PATH)
         with pytest.raises(PermissionError):
             open_path(str(hidden / "file"), os.O_RDONLY)
+        with pytest.raises(PermissionError):  # open to all, but /proc/sys asks for another user
+            open_path("/proc/version", os.O_RDONLY)
         with pytest.raises(FileNotFoundError):
             open_path("", os.O_RDONLY)
         os.close(open_path("/usr", os.O_RDONLY | os.O_DIRECTORY))

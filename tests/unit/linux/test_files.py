@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,3 +111,18 @@ def test_sync_of_a_file_system(directory: int) -> None:
     files.sync_file_system(directory)
     with pytest.raises(OSError, match="Bad file descriptor"):
         files.sync_file_system(-1)
+
+
+def test_no_terminal_becomes_ours() -> None:
+    """Else whoever has its other end could send signals to the process."""
+    script = """
+import os, pty
+from cfs.linux.files import Resolve, open_path, openat2
+name = os.ttyname(pty.openpty()[1])
+directory = os.open("/", os.O_PATH)
+open_path(name, os.O_RDONLY)
+openat2(directory, os.fsencode(name[1:]), os.O_RDONLY, resolve=Resolve.NO_MAGICLINKS)
+print(open("/proc/self/stat").read().rpartition(")")[2].split()[4])
+"""
+    words = [sys.executable, "-c", script]
+    assert subprocess.check_output(words, start_new_session=True, text=True) == "0\n"

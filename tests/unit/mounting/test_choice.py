@@ -111,18 +111,20 @@ def test_automatic_passthrough_gives_way_to_an_upper_directory() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    ("said", "message"),
     [
-        {"upperdir": "u"},
-        {"workdir": "w"},
-        {"read_write": True},
-        {**CHANGES, "choices": {"mode": Mode.PLAIN}},
-        {**CHANGES, "choices": {"passthrough": Passthrough.ON}},
-        {**CHANGES, "choices": {"verify": Verify.OPEN}},
-        {"choices": {"mode": Mode.OVERLAY, "passthrough": Passthrough.ON}},
-        {"choices": {"workers": 0, "passthrough": Passthrough.ON}},
+        ({"upperdir": "u"}, "upper directory needs a work directory"),
+        ({"workdir": "w"}, "work directory needs an upper directory"),
+        ({"read_write": True}, "read-write needs an upper directory"),
+        ({**CHANGES, "choices": {"mode": Mode.PLAIN}}, "needs mode=overlay"),
+        ({**CHANGES, "choices": {"passthrough": Passthrough.ON}}, "cannot be combined"),
+        ({**CHANGES, "choices": {"verify": Verify.OPEN}}, "cannot be combined"),
+        ({"choices": {"mode": Mode.OVERLAY, "passthrough": Passthrough.ON}}, "cannot be combined"),
+        ({"choices": {"workers": 0, "passthrough": Passthrough.ON}}, "cannot be combined"),
     ],
 )
-def test_contradictions_are_refused_whatever_the_machine(said: dict[str, object]) -> None:
-    with pytest.raises(InvalidRequestError, match="cannot be combined"):
+def test_contradictions_are_refused_whatever_the_machine(
+    said: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
         MountRequest(**said)  # type: ignore[arg-type] # the table has the types

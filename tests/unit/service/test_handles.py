@@ -4,7 +4,6 @@ import fcntl
 import os
 import resource
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,19 +29,6 @@ def make_store(path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def handles() -> Iterator[Handles]:
-    opened = Handles(StoreOptions())
-    yield opened
-    opened.close_all()
-
-
-@pytest.fixture
-def root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: only root may act as somebody else")
 
 
 def open_as(handles: Handles, path: Path, peer: Peer = OWN) -> int:
@@ -101,20 +87,20 @@ def test_a_handle_is_its_users_alone(handles: Handles, store: Path) -> None:
 def test_uses_go_on_when_the_handle_is_closed(handles: Handles, store: Path) -> None:
     before = nr_fds()
     handle = open_as(handles, store)
-    with calling() as (call, _), handles.get(call, handle) as use:
+    with calling() as (call, _), handles.get(call, handle) as repository:
         handles.close(call, handle)
-        use.repository.objects.put_bytes(b"x" * 100)
-        use.repository.sync()
+        repository.objects.put_bytes(b"x" * 100)
+        repository.sync()
     assert nr_fds() == before
 
 
 def test_a_failed_sync_is_that_uses_alone(handles: Handles, store: Path) -> None:
     handle = open_as(handles, store)
     with calling() as (call, _), handles.get(call, handle) as other:
-        with handles.get(call, handle) as use:
-            use.repository.objects.put_bytes(b"lost" * 100)
-        other.repository.objects.put_bytes(b"kept" * 100)
-        other.repository.sync()
+        with handles.get(call, handle) as repository:
+            repository.objects.put_bytes(b"lost" * 100)
+        other.objects.put_bytes(b"kept" * 100)
+        other.sync()
     assert len([path for path in store.glob("objects/*/*") if path.is_file()]) == 1
 
 
@@ -272,12 +258,12 @@ def test_others_use_a_store_with_their_own_rights(handles: Handles, store: Path)
     store.chmod(0o755)
     handle = open_as(handles, store, SOMEBODY)
     with calling(SOMEBODY) as (call, _):
-        with handles.get(call, handle) as use, pytest.raises(PermissionError):
-            use.repository.objects.put_bytes(b"x" * 100)
+        with handles.get(call, handle) as repository, pytest.raises(PermissionError):
+            repository.objects.put_bytes(b"x" * 100)
         os.chown(store, SOMEBODY.uid, SOMEBODY.gid)
-        with handles.get(call, handle) as use:
-            use.repository.objects.put_bytes(b"x" * 100)
-            use.repository.sync()
+        with handles.get(call, handle) as repository:
+            repository.objects.put_bytes(b"x" * 100)
+            repository.sync()
     owners = {(path.stat().st_uid, path.stat().st_gid) for path in store.glob("objects/**/*")}
     assert owners == {(SOMEBODY.uid, SOMEBODY.gid)}
 

@@ -5,7 +5,6 @@ import os
 import random
 import select
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from cfs.service import connection, server
 from cfs.service.dispatch import Dispatcher
-from tests.unit.service.transport import REPOSITORY, FakeRepository
+from tests.unit.service.transport import REPOSITORY, FakeRepository, serving_cleanly
 from tests.varlink_client import SECONDS, RawClient, serving
 
 CLOSE = f"{REPOSITORY}.CloseRepository"
@@ -25,15 +24,11 @@ SHORT = 0.05  # seconds
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    threads = threading.active_count()
-    fds = len(os.listdir("/proc/self/fd"))
     path = str(tmp_path / "sock")
-    with serving(Dispatcher({REPOSITORY: FakeRepository()}), tmp_path / "sock"):
+    with serving_cleanly(FakeRepository(), tmp_path / "sock"):
         yield path
         with RawClient.connect(path) as client:
             assert client.call(CLOSE, handle=3) == {"continues": False}
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from tests.varlink_client import RawClient
 
 @pytest.mark.parametrize("length", [4, 200])
 @pytest.mark.parametrize("scheme", ["", "unix:"])
-def test_file(tmp_path: Path, length: int, scheme: str) -> None:
+def test_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, scheme: str) -> None:
+    # by its name, somebody could exchange the file for a link meanwhile
+    monkeypatch.setattr(os, "chmod", lambda *_: pytest.fail("a mode is changed by name"))
     path = tmp_path / ("d" * length) / "sock"
     path.parent.mkdir()
     with listening(f"{scheme}{path}", 0o640):
@@ -24,6 +26,11 @@ def test_file(tmp_path: Path, length: int, scheme: str) -> None:
         with pytest.raises(BusyError), listening(str(path)):
             pass
     assert not path.exists()
+
+
+def test_name_that_no_address_holds(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File name too long"), listening(f"{tmp_path}/{'n' * 200}"):
+        pass
 
 
 def test_stale_file_is_replaced_and_others_are_kept(tmp_path: Path) -> None:

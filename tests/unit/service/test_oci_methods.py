@@ -12,9 +12,10 @@ import pytest
 from cfs.digest import Algorithm
 from cfs.oci import SourceOptions
 from cfs.oci.pull import Done, Event, Message, Progress, Pulled, Skipped, Started
+from cfs.oci.sources import StoppedError
 from cfs.oci.splitdir import Inline, format_chunk
 from cfs.repository.repository import init
-from cfs.service import layer_sender, oci_pull
+from cfs.service import oci_pull
 from cfs.service.budget import Budget
 from cfs.service.call import Disconnection, close_fds
 from cfs.service.errors import MethodError
@@ -147,7 +148,8 @@ def test_the_end_of_the_service_ends_senders(service: Service) -> None:
 
 
 def test_a_user_has_few_senders(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_sender, "_MAX_PER_USER", 1)
+    budget = Budget(per_uid=1, total=1, trusted=frozenset())
+    monkeypatch.setattr(service.oci._senders, "_budget", budget)
     handle = service.open("store")
     service.pull(handle)
     fds = service.get(handle, digest_of(TOP))
@@ -249,7 +251,7 @@ def test_a_pull_ends_with_its_client(
             replies.close()  # type: ignore[attr-defined]
             return
         (ending.happen if how == "disconnect" else service.oci.stop_pulls)()
-        with pytest.raises(oci_pull.StoppedError):
+        with pytest.raises(StoppedError):
             list(replies)
 
 
@@ -263,7 +265,7 @@ def test_a_pull_without_progress_ends_with_the_service(
         pulling = executor.submit(service.oci.Pull, call, **service.wish(handle))
         assert begun.wait(SECONDS)
         service.oci.stop_pulls()
-        with pytest.raises(oci_pull.StoppedError):
+        with pytest.raises(StoppedError):
             pulling.result(SECONDS)
 
 

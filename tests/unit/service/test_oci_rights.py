@@ -12,7 +12,7 @@ from cfs.digest import Algorithm
 from cfs.oci.splitdir import File, Inline, format_chunk
 from cfs.repository.repository import init
 from cfs.service.errors import MethodError
-from cfs.service.handles import Handles, StoreOptions
+from cfs.service.handles import Handles
 from cfs.service.oci_interface import OciMethods
 from cfs.service.rights import as_peer
 from tests.oci_layouts import Layout, digest_of, make_tar
@@ -32,13 +32,6 @@ def home() -> Iterator[Path]:
         own.mkdir()
         os.chown(own, SOMEBODY.uid, SOMEBODY.gid)
         yield own
-
-
-@pytest.fixture
-def handles() -> Iterator[Handles]:
-    opened = Handles(StoreOptions())
-    yield opened
-    opened.close_all()
 
 
 @pytest.fixture

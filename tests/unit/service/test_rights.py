@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from cfs.digest import Algorithm
 from cfs.errors import InvalidRequestError
 from cfs.linux.capabilities import Capability, has_capability
 from cfs.linux.credentials import Credentials
+from cfs.repository.repository import init
+from cfs.service import rights
 from cfs.service.call import Peer
 from cfs.service.errors import PermissionDenied
+from cfs.service.handles import Handles, StoreOptions
+from cfs.service.repository_interface import RepositoryMethods
 from cfs.service.rights import (
     as_peer,
     as_service,
@@ -21,15 +26,9 @@ from cfs.service.rights import (
     store_path,
 )
 from tests.paths import CHECKOUT
-from tests.unit.service.direct import OWN, SOMEBODY
+from tests.unit.service.direct import OWN, SOMEBODY, calling
 
 ROOT = Peer(1, 0, 0, ())
-
-
-@pytest.fixture
-def root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: only root may act as somebody else")
 
 
 @pytest.fixture
@@ -116,6 +115,16 @@ def test_a_foreign_user_mounts_on_no_other_directory(place: Path, owner: int, mo
 
 
 @pytest.mark.usefixtures("root")
+def test_a_foreign_user_covers_no_control_group(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.chown(place, SOMEBODY.uid, -1)
+    monkeypatch.setattr(rights, "file_system", lambda _fd: 0x63677270)
+    with pytest.raises(PermissionDenied):
+        open_mountpoint(SOMEBODY, str(place))
+
+
+@pytest.mark.usefixtures("root")
 def test_a_foreign_user_is_not_led_where_he_may_not_go(place: Path) -> None:
     hidden = place / "hidden"
     inner = hidden / "inner"
@@ -146,3 +155,20 @@ def test_modules_are_there_before_somebody_acts_who_cannot_read_them() -> None:
         "with as_peer(Peer(1, 54321, 54321, ())): assert late <= set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
+
+
+def test_names_of_others_stay_in_their_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    init(str(tmp_path / "store"), algorithm=Algorithm.SHA256, is_secure=False, erofs_version=1)
+    names = tmp_path / "store/images/refs"
+    names.mkdir(parents=True)
+    (names / "a\ncfsctl: a lie").symlink_to("../gone")
+    handles = Handles(StoreOptions(insecure=True))
+    methods = RepositoryMethods(handles)
+    with calling() as (call, _):
+        handle = handles.open_store(call, str(tmp_path / "store")).handle
+        methods.Gc(call, handle=handle, dry_run=True, roots=[])
+    handles.close_all()
+    (message,) = caplog.messages
+    assert message.startswith("collection: images/refs/a\\ncfsctl: a lie: ")

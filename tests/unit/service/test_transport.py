@@ -12,8 +12,8 @@ import pytest
 from cfs.linux.framing import close_all
 from cfs.service.dispatch import Dispatcher
 from cfs.service.server import Server
-from tests.unit.service.transport import REPOSITORY, FakeRepository
-from tests.varlink_client import SECONDS, RawClient, serving
+from tests.unit.service.transport import REPOSITORY, FakeRepository, serving_cleanly
+from tests.varlink_client import SECONDS, RawClient
 
 LIST = f"{REPOSITORY}.ListImageRefs"
 CLOSE = f"{REPOSITORY}.CloseRepository"
@@ -30,12 +30,8 @@ def fake() -> FakeRepository:
 
 @pytest.fixture
 def address(tmp_path: Path, fake: FakeRepository) -> Iterator[str]:
-    threads = threading.active_count()
-    fds = len(os.listdir("/proc/self/fd"))
-    with serving(Dispatcher({REPOSITORY: fake}), tmp_path / "sock"):
+    with serving_cleanly(fake, tmp_path / "sock"):
         yield str(tmp_path / "sock")
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 @pytest.fixture

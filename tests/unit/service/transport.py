@@ -4,13 +4,28 @@
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cfs.service.call import Call
+from cfs.service.dispatch import Dispatcher
 from cfs.service.errors import MethodError
+from tests.varlink_client import serving
 
 REPOSITORY = "org.composefs.Repository"
 OCI = "org.composefs.Oci"
+
+
+@contextmanager
+def serving_cleanly(repository: "FakeRepository", path: Path) -> Iterator[None]:
+    """Serve within a block; no thread and no descriptor stays."""
+    threads = threading.active_count()
+    fds = len(os.listdir("/proc/self/fd"))
+    with serving(Dispatcher({REPOSITORY: repository}), path):
+        yield
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 class FakeRepository:

@@ -1,7 +1,7 @@
-"""Talk to systemd: state of the service, and descriptors to keep while it restarts; sd_notify(3).
+"""Talk to the service manager: state, and descriptors to keep over a restart; sd_notify(3).
 
 The descriptor store takes what it is sent without a word, so a service cannot know whether it has
-one.  It need not: see :mod:`cfs.service.fuse_registry`.  Any thread may call.
+one.  Any thread may call.
 """
 
 import os
