@@ -436,7 +436,7 @@ FOREGROUND = """
     mount = cfs.fuse.start(vector, mnt, [], name="x")
     sys.stdout.write(f"{mount.pid}\\n")
     sys.stdout.flush()
-    sys.exit(cfs.fuse.serve_foreground(mount, notify_socket=os.environ.get("NOTIFY_SOCKET")))
+    sys.exit(cfs.fuse.serve_foreground(mount))
 """
 
 
