@@ -308,8 +308,8 @@ def _send_bytes(service: Service, draw: Draw, uid: int) -> None:
                 with draw.fds(str(service.directory)) as fds, suppress(TimeoutError):
                     client.send_raw(data[at : at + len(data) // pieces], fds)
         client.channel.shutdown(draw.random.choice((socket.SHUT_WR, socket.SHUT_RDWR)))
-        while _receive(client, may_wait=True) is not None:
-            pass
+        while (reply := _receive(client, may_wait=True)) is not None:
+            close_all(reply.fds)  # what is damaged may be a call all the same
 
 
 def test_manners(service: Service) -> None:
